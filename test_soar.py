@@ -64,7 +64,12 @@ class Model(torch.nn.Module):
         super().__init__()
         self.D = math.prod(shape[1:])
         new = lambda i, *size: torch.nn.Parameter(randn(seed + i, *size).to(dtype))  # noqa: E731
-        self.weight, self.time, self.scale, self.null = new(1, self.D, self.D), new(2, self.D), new(3, self.D), new(4, self.D)
+        self.weight, self.time, self.scale, self.null = (
+            new(1, self.D, self.D),
+            new(2, self.D),
+            new(3, self.D),
+            new(4, self.D),
+        )
 
     def forward(self, z, sigma, cond):
         x = torch.tanh(z.flatten(1) @ self.weight + torch.sin(3 * sigma.to(z.dtype))[:, None] * self.time)
@@ -104,7 +109,7 @@ def assert_all_close(left, right, **tolerance):
             torch.testing.assert_close(a, b, **(tolerance or CLOSE))
 
 
-# --- A second implementation, from the paper's formulas, one sample and one point at a time ---------------------------
+# --- A second implementation, from the paper's formulas, one sample and one point at a time ---
 
 
 def reference_points(case, states=None):
@@ -188,7 +193,7 @@ def test_soar_loss_is_the_sum_of_the_terms_on_the_generators_draws(shape, config
     assert torch.equal(default, same)
 
 
-# --- 1. SOAR without auxiliary points is SFT ----------------------------------------------------------------------------
+# --- 1. SOAR without auxiliary points is SFT ---
 
 
 @given(shapes, configs, seeds, st.sampled_from(["lambda", "N"]), st.sampled_from([torch.float32, torch.float64]))
@@ -219,7 +224,7 @@ def test_sft_loss_weights_each_sample_by_its_noise_level(shape, seed):
     torch.testing.assert_close(weighted, sft_loss(*args) / case.sigma0(), **CLOSE)
 
 
-# --- 2, 3. An exact model, and a rollout that goes nowhere, give SFT terms ------------------------------------------------
+# --- 2, 3. An exact model, and a rollout that goes nowhere, give SFT terms ---
 
 
 @given(shapes, configs, seeds)
@@ -264,7 +269,7 @@ def test_aux_terms_tend_to_sft_terms_at_sigma_prime_as_the_number_of_steps_grows
     assert gaps[1] < 0.2 * gaps[0] + 1e-7 and gaps[2] < 0.2 * gaps[1] + 1e-7  # first order in 1 / K
 
 
-# --- 4. The correction's identities ---------------------------------------------------------------------------------------
+# --- 4. The correction's identities ---
 
 
 @given(shapes, seeds, st.floats(1e-3, 1.0))
@@ -319,7 +324,7 @@ def test_guided_velocity_extrapolates_from_unconditional_to_conditional(shape, s
     assert torch.equal(soar.guided_velocity(u, c, 0.0), u)
 
 
-# --- 5, 6, 7. Gradients and normalisation ----------------------------------------------------------------------------------
+# --- 5, 6, 7. Gradients and normalisation ---
 
 
 @given(shapes, configs, seeds)
@@ -360,7 +365,11 @@ def test_split_batch_with_the_shared_normalizer_equals_the_whole(shape, config, 
     for part in (slice(0, cut), slice(cut, None)):
         d = case.draws
         draws = Draws(
-            d.z1[part], d.t[part], d.u[:, :, part], d.path_noise[:, part], None if d.path_z1 is None else d.path_z1[:, part]
+            d.z1[part],
+            d.t[part],
+            d.u[:, :, part],
+            d.path_noise[:, part],
+            None if d.path_z1 is None else d.path_z1[:, part],
         )
         cond = {"embeds": case.cond["embeds"][part], "null": False}
         if len(case.z0[part]):
@@ -409,7 +418,7 @@ def test_normalizer_counts_stochastic_points_only_above_the_clean_boundary():
         assert (term.error == 0).tolist() == [i > 3, i > 3, False, False]
 
 
-# --- 8. Forwards ----------------------------------------------------------------------------------------------------------
+# --- 8. Forwards ---
 
 
 @given(shapes, configs, seeds, st.booleans(), st.booleans())
@@ -471,7 +480,7 @@ def test_one_graph_is_alive_at_a_time(config, seed):
         assert all(loss() is None for loss in losses[:-1])
 
 
-# --- 9. Steps of the rollout ---------------------------------------------------------------------------------------------
+# --- 9. Steps of the rollout ---
 
 
 @given(shapes, seeds, levels, levels, st.sampled_from(["simple", "flow_sde", "cps"]), st.sampled_from([1.0, 3.0, 5.0]))
@@ -532,10 +541,12 @@ def test_rollout_step_takes_half_the_noise_and_shift_three_by_default(shape, see
     sigma, sigma_next = torch.ones(shape[0]), torch.full((shape[0],), 0.9)
     for kind in SDE_TYPES:
         default = rollout_step(z, v, sigma, sigma_next, kind=kind, noise=noise)
-        assert torch.equal(default, rollout_step(z, v, sigma, sigma_next, kind=kind, noise_scale=0.5, noise=noise, shift=3.0))
+        assert torch.equal(
+            default, rollout_step(z, v, sigma, sigma_next, kind=kind, noise_scale=0.5, noise=noise, shift=3.0)
+        )
 
 
-# --- 10. Precision ----------------------------------------------------------------------------------------------------------
+# --- 10. Precision ---
 
 
 @given(shapes, seeds, st.floats(0.003, 1.0), st.sampled_from([torch.bfloat16, torch.float16]))
@@ -617,7 +628,7 @@ def test_bf16_autocast_gives_every_parameter_the_float32_gradient(outside):
         assert (exact - rough).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
 
 
-# --- 11, 12. Draws ---------------------------------------------------------------------------------------------------------
+# --- 11, 12. Draws ---
 
 
 @given(shapes, configs, seeds, st.sampled_from([torch.float32, torch.float64]))
@@ -670,7 +681,9 @@ def test_draws_have_their_stated_distributions():
     assert abs(logit.mean() - 0.5) < 0.7 * se and abs(logit.std() - 0.7) < 0.7 * se
     u = draws.u.double()
     assert (u.mean(2) - 0.5).abs().max() < se and (u.var(2) - 1 / 12).abs().max() < se
-    normals = torch.cat([draws.z1.T, draws.path_noise.transpose(1, 2).flatten(0, 1), draws.path_z1.transpose(1, 2).flatten(0, 1)])
+    normals = torch.cat(
+        [draws.z1.T, draws.path_noise.transpose(1, 2).flatten(0, 1), draws.path_z1.transpose(1, 2).flatten(0, 1)]
+    )
     both = torch.cat([normals.double(), logit[None], u.flatten(0, 1)])
     assert (normals.mean(1)).abs().max() < se and (normals.var(1) - 1).abs().max() < 2 * se
     assert (torch.corrcoef(both) - torch.eye(len(both))).abs().max() < se  # every row independent of every other
@@ -678,7 +691,7 @@ def test_draws_have_their_stated_distributions():
     assert draw((1000,), SoarConfig(logit_mean=50.0), rng(0)).t.unique().tolist() == [1.0]
 
 
-# --- 13. Bad arguments -------------------------------------------------------------------------------------------------------
+# --- 13. Bad arguments ---
 
 
 def test_config_defaults_are_the_published_ones():
@@ -802,7 +815,10 @@ def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
         ({"draws": draws._replace(path_noise=draws.z1)}, r"draws.path_noise is \(2, 3, 4\) .* expected \(1, 2, 3, 4\)"),
         ({"draws": draws._replace(z1=draws.z1.long())}, r"draws.z1 is \(2, 3, 4\) torch.int64"),
         ({"draws": fresh}, r"draws.path_z1 is \(2, 2, 3, 4\) .* expected None"),
-        ({"config": dataclasses.replace(config, shared_noise=False)}, r"draws.path_z1 is a NoneType, expected \(2, 2, 3"),
+        (
+            {"config": dataclasses.replace(config, shared_noise=False)},
+            r"draws.path_z1 is a NoneType, expected \(2, 2, 3",
+        ),
         ({"config": SoarConfig()}, r"draws.u is \(2, 6, 2\) torch.float32 on cpu, expected \(1, 6, 2\)"),
         ({"uncond": config}, "uncond is a SoarConfig, expected a Tensor like cond, or None"),
         ({"uncond": ["a cat"]}, "uncond is a list, expected a Tensor like cond, or None"),
@@ -816,11 +832,17 @@ def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
             next(terms)
 
 
-@pytest.mark.parametrize("cond, uncond", [(X, torch.nn.Parameter(X)), (torch.nn.Parameter(X), X), ("a", ""), ("a", None)])
+@pytest.mark.parametrize(
+    "cond, uncond", [(X, torch.nn.Parameter(X)), (torch.nn.Parameter(X), X), ("a", ""), ("a", None)]
+)
 def test_conditioning_of_any_one_type_is_passed_on_untouched(cond, uncond):
     seen = []
     velocity = lambda z, s, c: seen.append(c) or z  # noqa: E731
-    list(soar_terms(velocity, X, draw(X.shape, SoarConfig(num_aux_points=1), rng(0)), cond, uncond, SoarConfig(num_aux_points=1)))
+    list(
+        soar_terms(
+            velocity, X, draw(X.shape, SoarConfig(num_aux_points=1), rng(0)), cond, uncond, SoarConfig(num_aux_points=1)
+        )
+    )
     expected = [cond, uncond, cond] if uncond is not None else [cond, cond]
     assert len(seen) == len(expected) and all(a is b for a, b in zip(seen, expected))
 
@@ -840,7 +862,7 @@ def test_velocity_of_another_shape_or_type_is_refused(output, came):
         next(soar_terms(lambda z, s, c: output(z), X, draws, None))
 
 
-# --- 14. Two ranks -------------------------------------------------------------------------------------------------------
+# --- 14. Two ranks ---
 
 
 def _rank(rank, shape, config, seed, folder):
