@@ -1,0 +1,1 @@
+"""Stand-ins and studies that run on a laptop."""
