@@ -5,8 +5,8 @@
 
 The classes are the real ones: a StableDiffusion3Pipeline whose transformer (3.0 M parameters), VAE and three
 text encoders are small; the text encoders are random and frozen. Scenes are 64 x 64 RGB, one to four objects
-(four shapes, six colours) on a plain light background. Tasks, captions, metadata, folder layout and what makes
-an image correct follow GenEval (arXiv 2310.11513); a rule-based reader takes the place of its detector.
+(four shapes, six colours) on a plain light background. Tasks, captions, metadata, folder layout and what
+counts as correct follow GenEval (arXiv 2310.11513); a rule-based reader takes the place of its detector.
 
 Notation: z0 clean latents, z1 noise, sigma in [0, 1] with 1 = noise, z_sigma = (1 - sigma) z0 + sigma z1,
 velocity target z1 - z0, model timestep 1000 sigma.
@@ -15,15 +15,16 @@ Three sets of scenes come from disjoint seed ranges (BROAD, CURATED, HELD_OUT):
     broad     pretraining only, never stored; WRONG_CAPTIONS of its captions belong to another scene
     curated   shapes_data/train, every caption correct, with an `aesthetic` column (`aesthetic_score`)
     held out  shapes_data/prompts.jsonl, prompts only
-What is held out: the prompt space is finite (472 captions), so the prompts of five tasks are also captions of
-both training sets, of other scenes. The color_attr prompts are not: a fixed quarter of the 360 combinations of
-two colours and two shapes is used for held-out prompts and in neither training set.
+What is held out: the prompt space is finite (460 captions), so the prompts of five tasks are also captions of
+both training sets, of other scenes. The color_attr prompts are not: a fixed quarter of the 360 combinations
+of two colours and two shapes is used for held-out prompts and in neither training set.
 """
 
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -395,8 +396,8 @@ def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer, T5TokenizerFast]:
 @torch.no_grad()
 def _spread(model: torch.nn.Module, generator: torch.Generator) -> torch.nn.Module:
     # The classes' own init is made for training: at std 0.02 a random encoder returns nearly the same vector
-    # for every caption. Unit embeddings and variance-preserving layers keep words apart; T5's wide relative bias
-    # makes its heads look at neighbours, so that a shape's embedding holds the colour next to it.
+    # for every caption. Unit embeddings and variance-preserving layers keep words apart; T5's wide relative
+    # bias makes its heads look at neighbours, so that a shape's embedding holds the colour next to it.
     for name, p in model.named_parameters():
         if p.ndim == 2:
             scale = 1.0 if "embed" in name or "shared" in name else p.shape[1] ** -0.5
@@ -445,13 +446,9 @@ def encode_captions(pipe: StableDiffusion3Pipeline, captions: list[str]) -> tupl
     return prompt_embeds, pooled_prompt_embeds
 
 
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def _cosine(step: int, steps: int, lr: float, warmup: int = 100) -> float:
-    return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+def to_pixels(images: Iterable[Image.Image]) -> Tensor:
+    """RGB images of one size -> (n, 3, height, width) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def train_vae(pixels: Tensor, steps: int, seed: int, batch: int = 16, lr: float = 2e-3) -> AutoencoderKL:
@@ -472,7 +469,9 @@ def train_vae(pixels: Tensor, steps: int, seed: int, batch: int = 16, lr: float 
         # A weak KL term keeps latents smooth without blurring: edges are what the scorer reads.
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         loss = (x - y).abs().mean() + (x - y).square().mean() + 1e-3 * kl
-        optimizer.param_groups[0]["lr"] = _cosine(step, steps, lr)
+        optimizer.param_groups[0]["lr"] = lr * min(
+            (step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -619,8 +618,7 @@ def build(
     rng = np.random.default_rng(seed)
     wrong = np.flatnonzero(rng.random(scenes) < WRONG_CAPTIONS)
     captions[wrong] = captions[rng.permutation(wrong)]
-    drawn = [np.asarray(render(scene)) for _, scene in tqdm(examples, desc="drawing", mininterval=10)]
-    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+    pixels = to_pixels(render(scene) for _, scene in tqdm(examples, desc="drawing", mininterval=10))
 
     if not (work / "vae").exists():
         vae = train_vae(pixels, vae_steps, seed)
