@@ -8,6 +8,7 @@ are in float64 unless a test is about precision. Tolerances follow from the arit
 order 1 to 1e4 reached by some hundred float64 operations, one of them a division by sigma' >= 1e-3.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -15,7 +16,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import soar
@@ -89,6 +90,14 @@ class Case:
     def terms(self, velocity=None, config=None, **kwargs):
         config = config or self.config
         return soar_terms(velocity or self.model, self.z0, self.draws, self.cond, self.uncond, config, **kwargs)
+
+    def part(self, index):
+        """The same case, for some samples of the batch only."""
+        part, d = copy.copy(self), self.draws
+        part.z0, part.cond = self.z0[index], {"embeds": self.cond["embeds"][index], "null": False}
+        stacked = (x if x is None else x[:, index] for x in (d.path_noise, d.path_z1))
+        part.draws = Draws(d.z1[index], d.t[index], d.u[:, :, index], *stacked)
+        return part
 
     def grads(self, loss):
         return torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True, retain_graph=True)
@@ -171,6 +180,7 @@ def reference_terms(case, weighting=lambda sigma: 1.0):
 
 
 @given(shapes, configs, seeds)
+@example((2, 3), SoarConfig(num_rollout_paths=2, shift=6.0, logit_mean=50.0), 0)  # t = 1: flow_sde's sigma is bounded
 def test_terms_equal_the_papers_formulas_for_any_settings(shape, config, seed):
     case = Case(shape, config, seed)
     weighting = lambda s: 0.5 + s**2  # noqa: E731
@@ -205,9 +215,11 @@ def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(shape
     s = per_sample(sigma, z0)
     v = case.model((1 - s) * z0 + s * z1, sigma, case.cond)
     reference = ((v - (z1 - z0)) ** 2).flatten(1).mean(1).sum() / len(z0)
-    terms = list(case.terms())
-    assert len(terms) == 1
-    loss = soar_loss(case.model, z0, case.cond, case.uncond, config, generator=rng(seed + 12))
+    calls = []
+    counted = lambda *args: calls.append(args) or case.model(*args)  # noqa: E731
+    terms = list(case.terms(counted))
+    loss = soar_loss(counted, z0, case.cond, case.uncond, config, generator=rng(seed + 12))
+    assert len(terms) == 1 and len(calls) == 2  # no rollout either
     assert torch.equal(terms[0].loss, reference) and torch.equal(loss, reference)
     unreduced = sft_loss(case.model, z0, z1, sigma, case.cond)
     assert unreduced.shape == (len(z0),) and torch.equal(unreduced.sum() / len(z0), reference)
@@ -220,8 +232,12 @@ def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(shape
 def test_sft_loss_weights_each_sample_by_its_noise_level(shape, seed):
     case = Case(shape, SoarConfig(), seed)
     args = case.model, case.z0, case.draws.z1.double(), case.sigma0(), case.cond
-    weighted = sft_loss(*args, weighting=lambda s: 1 / s)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # a weighting may be learned
+    weighted = sft_loss(*args, weighting=lambda s: scale / s)
     torch.testing.assert_close(weighted, sft_loss(*args) / case.sigma0(), **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(weighted.sum(), scale)[0], weighted.sum().detach(), **CLOSE)
+    with pytest.raises(TypeError):
+        sft_loss(*args, torch.exp)
 
 
 # --- 2, 3. An exact model, and a rollout that goes nowhere, give SFT terms ---
@@ -297,7 +313,8 @@ def test_correction_differs_from_the_ideal_velocity_by_its_closed_form(shape, se
     torch.testing.assert_close(difference, (z - interpolate(z0, z1, full(sigma))) / sigma, **CLOSE)
 
 
-@given(shapes, seeds, st.floats(0.0, 0.99))
+@given(shapes, seeds, st.floats(0.0, 1.0, exclude_max=True))
+@example((2, 3), 0, 0.9999)
 def test_renoised_state_is_z1_at_one_and_z_hat_at_its_own_level(shape, seed, sigma_hat):
     z_hat, z1 = randn(seed, *shape), randn(seed + 1, *shape)
     low = torch.full((shape[0],), sigma_hat, dtype=torch.float64)
@@ -305,7 +322,7 @@ def test_renoised_state_is_z1_at_one_and_z_hat_at_its_own_level(shape, seed, sig
     assert torch.equal(soar.renoise(z_hat, z1, low, low), z_hat)
 
 
-@given(st.floats(0.0, 1.0), st.floats(0.1, 10.0))
+@given(st.floats(0.0, 1.0, allow_subnormal=False), st.floats(0.1, 10.0))
 @example(1.0, 3.3)
 def test_sigma_from_t_is_the_shift_formula_and_t_from_sigma_its_inverse(t, shift):
     sigma = soar.sigma_from_t(t, shift)
@@ -329,19 +346,14 @@ def test_guided_velocity_extrapolates_from_unconditional_to_conditional(shape, s
 
 @given(shapes, configs, seeds)
 def test_no_gradient_passes_through_the_rollout(shape, config, seed):
-    assume(config.guidance_scale != 1)
     case = Case(shape, config, seed)
-    states = []
 
     def recording(z, sigma, cond):
         assert not z.requires_grad and not sigma.requires_grad
-        states.append(z)
         return case.model(z, sigma, cond)
 
     grads = case.grads(sum(term.loss for term in case.terms(recording)))
     assert grads[3] is None  # the parameter of the unconditional branch
-    constants = case.grads(sum(term.loss for term in reference_terms(case)))
-    assert_all_close(grads, constants, rtol=1e-8, atol=1e-8)
     case.z0.requires_grad_()
     aux = list(case.terms())[1:]
     assert torch.autograd.grad(sum(term.loss for term in aux), case.z0, allow_unused=True)[0] is None
@@ -362,19 +374,9 @@ def test_split_batch_with_the_shared_normalizer_equals_the_whole(shape, config, 
     cut = min(cut, shape[0] - 1)
     total = soar.loss_normalizer(case.draws.t.double(), config)
     whole, parts = sum(term.loss for term in case.terms()), 0
-    for part in (slice(0, cut), slice(cut, None)):
-        d = case.draws
-        draws = Draws(
-            d.z1[part],
-            d.t[part],
-            d.u[:, :, part],
-            d.path_noise[:, part],
-            None if d.path_z1 is None else d.path_z1[:, part],
-        )
-        cond = {"embeds": case.cond["embeds"][part], "null": False}
-        if len(case.z0[part]):
-            terms = soar_terms(case.model, case.z0[part], draws, cond, case.uncond, config, normalizer=total)
-            parts = parts + sum(term.loss for term in terms)
+    for part in (case.part(slice(0, cut)), case.part(slice(cut, None))):
+        if len(part.z0):
+            parts = parts + sum(term.loss for term in part.terms(normalizer=total))
     torch.testing.assert_close(parts, whole, **CLOSE)
     assert_all_close(case.grads(parts), case.grads(whole))
     halved = sum(term.loss for term in case.terms(normalizer=2 * float(total)))
@@ -385,12 +387,7 @@ def test_split_batch_with_the_shared_normalizer_equals_the_whole(shape, config, 
 def test_permuting_the_batch_permutes_the_errors(shape, config, seed):
     case = Case(shape, config, seed)
     p = torch.randperm(shape[0], generator=rng(seed))
-    before = list(case.terms())
-    d = case.draws
-    case.z0, case.cond = case.z0[p], {"embeds": case.cond["embeds"][p], "null": False}
-    path_z1 = None if d.path_z1 is None else d.path_z1[:, p]
-    case.draws = Draws(d.z1[p], d.t[p], d.u[:, :, p], d.path_noise[:, p], path_z1)
-    for a, b in zip(before, case.terms()):
+    for a, b in zip(case.terms(), case.part(p).terms(), strict=True):
         assert_all_close((a.error[p], a.sigma[p], a.loss), (b.error, b.sigma, b.loss))
 
 
@@ -451,8 +448,9 @@ def test_unguided_rollout_follows_the_conditional_velocity():
     assert soar_terms.__defaults__ == (None, SoarConfig()) and soar_loss.__defaults__ == (None, SoarConfig())
 
 
-@given(configs, seeds)
-def test_one_graph_is_alive_at_a_time(config, seed):
+@given(configs, seeds, st.booleans())
+@example(SoarConfig(guidance_scale=1.0), 0, False)  # the rollout keeps the base term's velocity itself
+def test_one_graph_is_alive_at_a_time_whether_backward_ran_or_the_term_was_dropped(config, seed, backward):
     case = Case((2, 3), config, seed)
     graphs = []
 
@@ -474,7 +472,8 @@ def test_one_graph_is_alive_at_a_time(config, seed):
 
     terms, losses = case.terms(saving), []
     while (term := next(terms, None)) is not None:
-        term.loss.backward()
+        if backward:
+            term.loss.backward()
         losses.append(weakref.ref(term.loss))
         del term
         assert all(loss() is None for loss in losses[:-1])
@@ -564,27 +563,25 @@ def test_targets_from_half_precision_inputs_are_exact_to_1e5(shape, seed, sigma,
     assert soar.renoise(z0, z1, s / 2, s).dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(64, 16, 8, 8)])
-def test_targets_in_a_training_step_on_bf16_latents_agree_with_float64_to_1e5(shape):
-    config = SoarConfig(num_rollout_paths=2)
-    targets = {}
+def test_training_step_on_bf16_latents_agrees_with_float64_to_1e5():
+    """A model whose outputs bf16 holds exactly leaves the rounding of states, targets and weights as the only error."""
+    shape, config = (64, 16, 8, 8), SoarConfig(num_rollout_paths=2, t_min=0.01)  # sigma >= 0.03
+    z0, z1, cond, uncond = (randn(i, *shape).to(torch.bfloat16) for i in range(4))
+    draws, sigma = draw(shape, config, rng(4)), torch.linspace(0.03, 1, 64)
+    velocity = lambda z, s, c: c.to(z.dtype)  # noqa: E731
+    results = []
     for dtype in (torch.bfloat16, torch.float64):
-        z0 = randn(1, *shape).to(torch.bfloat16).to(dtype)
-        draws = draw(shape, config, rng(2))
-        targets[dtype] = seen = []
-        original = soar.correction_target
-
-        def recording(z, z0, sigma, seen=seen, original=original):
-            seen.append((original(z, z0, sigma), sigma))
-            return seen[-1][0]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(soar, "correction_target", recording)
-            list(soar_terms(lambda z, s, c: torch.zeros_like(z), z0, draws, None, None, config))
-    for (a, sigma), (b, _) in zip(targets[torch.bfloat16], targets[torch.float64], strict=True):
+        x0, x1 = z0.to(dtype), z1.to(dtype)
+        terms = soar_terms(velocity, x0, draws, cond, uncond, config, weighting=torch.exp)
+        losses, errors, levels = map(torch.stack, zip(*terms))
+        results.append((losses, errors, levels, sft_loss(velocity, x0, x1, sigma.to(dtype), cond, weighting=torch.exp)))
+        sigma = sigma.to(dtype)
+    # a target is off by at most 1e-5 of its norm, so an error e = |v - target|^2 by 2e-5 sqrt(e) (sqrt(e) + |v|)
+    v = cond.double().square().flatten(1).mean(1).sqrt()
+    for a, b in zip(*results):
         assert a.dtype == torch.float32 and b.dtype == torch.float64
-        norm = lambda x: x.flatten(1).norm(dim=1)  # noqa: E731
-        assert (norm(a - b) <= 1e-5 * norm(b))[sigma >= 0.003].all()
+        slack = 2e-5 * (b + b.sqrt() * v) if b.shape[-1:] == v.shape else 4e-5 * b
+        assert ((a - b).abs() <= slack).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -666,6 +663,11 @@ def test_draws_are_a_function_of_the_generators_state_alone(shape, config, seed)
     assert not torch.equal(first.z1, second.z1) and not torch.equal(first.u, second.u)
     assert (config.t_min <= first.t.double() + 1e-9).all() and (first.t <= 1).all()
     assert (first.u >= 0).all() and (first.u < 1).all()
+    generator = rng(seed)  # the draws again, in their order
+    z1, n = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    t = torch.sigmoid(config.logit_mean + config.logit_std * n).clamp(min=config.t_min)
+    u = torch.rand(M, N, shape[0], generator=generator)
+    assert torch.equal(first.z1, z1) and torch.equal(first.t, t) and torch.equal(first.u, u)
     for other in (SoarConfig(lambda_aux=0.0), SoarConfig(num_aux_points=0), SoarConfig(num_rollout_paths=4)):
         other = dataclasses.replace(other, logit_mean=config.logit_mean, logit_std=config.logit_std, t_min=config.t_min)
         other = draw(shape, other, rng(seed))
@@ -862,6 +864,16 @@ def test_velocity_of_another_shape_or_type_is_refused(output, came):
         next(soar_terms(lambda z, s, c: output(z), X, draws, None))
 
 
+def test_options_are_given_by_keyword():
+    for call in (
+        lambda: rollout_step(X, X, S, S, "ode"),
+        lambda: soar_terms(lambda z, s, c: z, X, None, None, None, SoarConfig(), torch.exp),
+        lambda: soar_loss(lambda z, s, c: z, X, None, None, SoarConfig(), rng(0)),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            call()
+
+
 # --- 14. Two ranks ---
 
 
@@ -869,14 +881,11 @@ def _rank(rank, shape, config, seed, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     case = Case(shape, config, seed)
-    half = slice(rank * shape[0] // 2, (rank + 1) * shape[0] // 2)
-    d = case.draws
-    draws = Draws(d.z1[half], d.t[half], d.u[:, :, half], d.path_noise[:, half], None)
-    cond = {"embeds": case.cond["embeds"][half], "null": False}
+    part = case.part(slice(rank * shape[0] // 2, (rank + 1) * shape[0] // 2))
     case.model.null.requires_grad_(False)
     ddp = torch.nn.parallel.DistributedDataParallel(case.model)
-    total = soar.loss_normalizer(d.t.double(), config) / 2  # DDP averages over the two ranks
-    terms = soar_terms(ddp, case.z0[half], draws, cond, case.uncond, config, normalizer=total)
+    total = soar.loss_normalizer(case.draws.t.double(), config) / 2  # DDP averages over the two ranks
+    terms = part.terms(ddp, normalizer=total)
     last = config.num_rollout_paths * config.num_aux_points
     for _ in range(last):
         with ddp.no_sync():

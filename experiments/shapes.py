@@ -378,7 +378,10 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer, T5TokenizerFast]:
-    """Word-level tokenizers: two CLIP ones, whose BPE merges spell whole words, and a Unigram T5."""
+    """Word-level tokenizers: two CLIP ones, whose BPE merges spell whole words, and a Unigram T5.
+
+    The BPE trainer breaks ties in an order that changes from run to run, and with it CLIP's token numbers: another
+    build's pipeline is as good as the committed one, but not the same bits."""
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.train_from_iterator(vocabulary(), BpeTrainer(
         vocab_size=10_000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False,

@@ -289,9 +289,7 @@ def test_pipeline_loads_with_the_network_off_and_has_the_real_classes(monkeypatc
 
 def test_every_caption_tokenizes_whole_in_all_tokenizers_also_after_reload(pipe, tmp_path):
     captions = sorted({row["text"] for row in TRAIN} | {m["prompt"] for m in PROMPTS} | {""})
-    for name, fresh in zip(
-        ("tokenizer", "tokenizer_2", "tokenizer_3"), shapes.build_tokenizers(), strict=True
-    ):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name)
         ids = tokenizer(captions).input_ids
         special = 1 if name == "tokenizer_3" else 2  # T5 adds </s> only
@@ -305,7 +303,7 @@ def test_every_caption_tokenizes_whole_in_all_tokenizers_also_after_reload(pipe,
         assert len({tuple(row) for row in ids}) == len(captions)
         tokenizer.save_pretrained(tmp_path / name)
         reloaded = type(tokenizer).from_pretrained(tmp_path / name)
-        assert reloaded(captions).input_ids == ids == fresh(captions).input_ids
+        assert reloaded(captions).input_ids == ids
 
 
 def test_embeddings_keep_all_captions_apart(pipe):
