@@ -564,34 +564,34 @@ def test_targets_from_half_precision_inputs_are_exact_to_1e5(shape, seed, sigma,
 
 
 def test_training_step_on_bf16_latents_agrees_with_float64_to_1e5():
-    """A model whose outputs bf16 holds exactly leaves the rounding of states, targets and weights as the only error."""
-    shape, config = (64, 16, 8, 8), SoarConfig(num_rollout_paths=2, t_min=0.01)  # sigma >= 0.03
+    """Where bf16 holds z0, z1 and the model's outputs exactly, only the rounding of states, targets, weights is left.
+
+    A float32 target is off by some 4 eps (|z0| + |z1| + |v|) / sigma' <= 6e-6, as sigma' >= sigma(0.25) = 0.5 and the
+    sum is about 6; an error of order 1, by twice that. A target rounded to bf16 is off by 2e-3.
+    """
+    shape, config = (64, 16, 8, 8), SoarConfig(num_rollout_paths=2, num_sampling_steps=4, t_min=0.25)
     z0, z1, cond, uncond = (randn(i, *shape).to(torch.bfloat16) for i in range(4))
-    draws, sigma = draw(shape, config, rng(4)), torch.linspace(0.03, 1, 64)
+    draws, sigma = draw(shape, config, rng(4)), torch.linspace(0.5, 1, 64)
     velocity = lambda z, s, c: c.to(z.dtype)  # noqa: E731
     results = []
     for dtype in (torch.bfloat16, torch.float64):
-        x0, x1 = z0.to(dtype), z1.to(dtype)
-        terms = soar_terms(velocity, x0, draws, cond, uncond, config, weighting=torch.exp)
-        losses, errors, levels = map(torch.stack, zip(*terms))
-        results.append((losses, errors, levels, sft_loss(velocity, x0, x1, sigma.to(dtype), cond, weighting=torch.exp)))
-        sigma = sigma.to(dtype)
-    # a target is off by at most 1e-5 of its norm, so an error e = |v - target|^2 by 2e-5 sqrt(e) (sqrt(e) + |v|)
-    v = cond.double().square().flatten(1).mean(1).sqrt()
+        x0, x1, s = z0.to(dtype), z1.to(dtype), sigma.to(torch.promote_types(dtype, torch.float32))
+        columns = zip(*soar_terms(velocity, x0, draws, cond, uncond, config, weighting=torch.exp))
+        results.append((*map(torch.stack, columns), sft_loss(velocity, x0, x1, s, cond, weighting=torch.exp)))
     for a, b in zip(*results):
         assert a.dtype == torch.float32 and b.dtype == torch.float64
-        slack = 2e-5 * (b + b.sqrt() * v) if b.shape[-1:] == v.shape else 4e-5 * b
-        assert ((a - b).abs() <= slack).all()
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_model_sees_latents_in_z0s_dtype_and_levels_in_float32_or_better(dtype):
+@pytest.mark.parametrize("output", [torch.bfloat16, torch.float64])
+def test_model_sees_latents_in_z0s_dtype_and_levels_in_float32_or_better(dtype, output):
     wide = torch.promote_types(dtype, torch.float32)
     z0, config = randn(1, 2, 3, 4).to(dtype), SoarConfig(num_rollout_paths=2)
 
     def velocity(z, sigma, cond):
         assert z.dtype == dtype and sigma.dtype == wide
-        return (z * scale).to(torch.bfloat16)
+        return (z * scale).to(output)
 
     scale = torch.ones((), dtype=dtype, requires_grad=True)
     weighting = lambda s: s.double()  # noqa: E731
@@ -651,7 +651,8 @@ def test_draws_are_a_function_of_the_generators_state_alone(shape, config, seed)
     first, second = draw(shape, config, generator), draw(shape, config, generator)
     torch.set_default_dtype(torch.float64)
     try:
-        again = draw(shape, config, rng(seed))
+        with torch.device("meta"):  # a default device that is not the generator's
+            again = draw(shape, config, generator.manual_seed(seed))
     finally:
         torch.set_default_dtype(default)
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -704,38 +705,39 @@ def test_config_defaults_are_the_published_ones():
     }  # fmt: skip
     with pytest.raises(dataclasses.FrozenInstanceError):
         SoarConfig().shift = 1.0
-
-
-BOUNDS = {  # field: (values that must pass, values that must not)
-    "lambda_aux": ([0, 0.1, 5.0], [-1e-9, math.inf, math.nan, "1", None, True]),
-    "num_aux_points": ([0, 1, 100], [-1, 1.0, 6.0, True, "6", None]),
-    "num_rollout_paths": ([1, 5], [0, -1, 1.0, True, None]),
-    "num_sampling_steps": ([1, 10**9], [0, -40, 40.0, True, None]),
-    "guidance_scale": ([0, 1.0, -3.5, 100], [math.inf, -math.inf, math.nan, "4.5", False, None]),
-    "shift": ([1e-3, 1, 3.0], [0, -1.0, math.inf, math.nan, "3", True]),
-    "t_min": ([1e-9, 0.5, 0.999], [0, 0.0, 1, 1.0, -0.1, math.nan, "0", True]),
-    "logit_mean": ([-3, 0, 3.5], [math.inf, -math.inf, math.nan, None, True]),
-    "logit_std": ([1e-3, 1, 5.0], [0, -1.0, math.inf, math.nan, None, True]),
-    "sde_type": (list(SDE_TYPES), ["ode", "", "SDE", None, 1]),
-    "sde_noise_scale": ([0, 0.5, 1, 7.0], [-1e-9, math.inf, math.nan, None, True]),
-    "shared_noise": ([True, False], [0, 1, None, "yes"]),
-    "sigma_upper_ratio": ([1, 1.0, 1.5, math.inf], [0.999, 0, -math.inf, math.nan, None, True]),
-}
-
-
-def test_every_config_field_is_bounded():
     assert set(BOUNDS) == {field.name for field in dataclasses.fields(SoarConfig)}
+
+
+BOUNDS = {  # field: (what is expected, values that must pass, values that must not)
+    "lambda_aux": ("float in [0, inf)", [0, 0.1, 5.0], [-1e-9, math.inf, math.nan, "1", None, True]),
+    "num_aux_points": ("int in [0, inf)", [0, 1, 100], [-1, 1.0, 6.0, True, "6", None]),
+    "num_rollout_paths": ("int in [1, inf)", [1, 5], [0, -1, 1.0, True, None]),
+    "num_sampling_steps": ("int in [1, inf)", [1, 10**9], [0, -40, 40.0, True, None]),
+    "guidance_scale": (
+        "float in (-inf, inf)",
+        [0, 1.0, -3.5, 100],
+        [math.inf, -math.inf, math.nan, "4.5", False, None],
+    ),
+    "shift": ("float in (0, inf)", [1e-3, 1, 3.0], [0, -1.0, math.inf, math.nan, "3", True]),
+    "t_min": ("float in (0, 1)", [1e-9, 0.5, 0.999], [0, 0.0, 1, 1.0, -0.1, math.nan, "0", True]),
+    "logit_mean": ("float in (-inf, inf)", [-3, 0, 3.5], [math.inf, -math.inf, math.nan, None, True]),
+    "logit_std": ("float in (0, inf)", [1e-3, 1, 5.0], [0, -1.0, math.inf, math.nan, None, True]),
+    "sde_type": ("str in ('simple', 'sde', 'flow_sde', 'cps')", list(SDE_TYPES), ["ode", "", "SDE", None, 1]),
+    "sde_noise_scale": ("float in [0, inf)", [0, 0.5, 1, 7.0], [-1e-9, math.inf, math.nan, None, True]),
+    "shared_noise": ("bool in (True, False)", [True, False], [0, 1, None, "yes"]),
+    "sigma_upper_ratio": ("float in [1, inf]", [1, 1.0, 1.5, math.inf], [0.999, 0, -math.inf, math.nan, None, True]),
+}
 
 
 @pytest.mark.parametrize("field", BOUNDS)
 def test_config_names_the_field_the_value_and_the_range_when_out_of_range(field):
-    good, bad = BOUNDS[field]
+    expected, good, bad = BOUNDS[field]
     for value in good:
         assert getattr(SoarConfig(**{field: value}), field) == value
     for value in bad:
-        with pytest.raises(ValueError, match=rf"^SoarConfig\.{field} is ") as error:
+        with pytest.raises(ValueError) as error:
             SoarConfig(**{field: value})
-        assert repr(value) in str(error.value) and "expected" in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value) == f"SoarConfig.{field} is {value!r}, expected {expected}"
 
 
 def test_cps_noise_scale_is_at_most_one():
@@ -744,7 +746,7 @@ def test_cps_noise_scale_is_at_most_one():
         SoarConfig(sde_type="cps", sde_noise_scale=1.01)
 
 
-X, S = torch.zeros(2, 3), torch.full((2,), 0.5)
+X, S = randn(0, 2, 3, dtype=torch.float32), torch.tensor([0.3, 0.7])
 STATE_FUNCTIONS = {
     "interpolate": (soar.interpolate, {"z0": X, "z1": X}, {"sigma": S}),
     "guided_velocity": (lambda **k: soar.guided_velocity(guidance_scale=2.0, **k), {"v_uncond": X, "v_cond": X}, {}),
@@ -763,8 +765,12 @@ STATE_FUNCTIONS = {
 @pytest.mark.parametrize("name", STATE_FUNCTIONS)
 def test_state_functions_name_what_came_and_what_was_expected(name):
     function, states, levels = STATE_FUNCTIONS[name]
-    if name != "sft_loss":
+    if name != "sft_loss":  # a level's dtype is its rounding, never that of the arithmetic
         assert function(**states, **levels).shape == X.shape
+        half = {key: x.bfloat16() for key, x in levels.items()}
+        for dtype in (torch.float32, torch.float64):
+            same = function(**states, **{key: x.to(dtype) for key, x in half.items()})
+            assert same.dtype == torch.float32 and torch.equal(same, function(**states, **half))
     first, *others = states
     for other in others:
         for bad, message in (
@@ -785,18 +791,27 @@ def test_state_functions_name_what_came_and_what_was_expected(name):
         ):
             with pytest.raises(ValueError, match=f"^{message}$"):
                 function(**states, **(levels | {level: bad}))
-    for bad in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 0), 1.0):
-        with pytest.raises(ValueError, match=rf"^{first} is .*expected a Tensor \(B, \.\.\.\), no dimension 0$"):
+    for bad, came in (
+        (torch.zeros(3), "torch.Size([3])"),
+        (torch.zeros(0, 3), "torch.Size([0, 3])"),
+        (torch.zeros(2, 0), "torch.Size([2, 0])"),
+        ("1.0", "'1.0'"),
+    ):
+        with pytest.raises(ValueError) as error:
             function(**{key: bad for key in states}, **levels)
+        assert str(error.value) == f"{first} is {came}, expected a Tensor (B, ...), no dimension 0"
     with pytest.raises(ValueError, match=rf"^{first} is \(2, 3\) torch.int64 on cpu"):
         function(**{key: X.long() for key in states}, **levels)
 
 
 def test_rollout_step_refuses_an_unknown_kind_and_noise_that_does_not_fit_it():
     for kind, noise in (("euler", None), ("euler", X), ("ode", X), *((kind, None) for kind in SDE_TYPES)):
-        came = f"^kind is '{kind}' and noise a {type(noise).__name__}, expected 'ode' and None or "
-        with pytest.raises(ValueError, match=came):
+        with pytest.raises(ValueError) as error:
             rollout_step(X, X, S, S, kind=kind, noise=noise)
+        came = f"kind is '{kind}' and noise a {type(noise).__name__}"
+        assert str(error.value) == f"{came}, expected 'ode' and None or {SDE_TYPES}"
+    with pytest.raises(TypeError):
+        rollout_step(X, X, S, S, "sde")
 
 
 def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
@@ -840,11 +855,8 @@ def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
 def test_conditioning_of_any_one_type_is_passed_on_untouched(cond, uncond):
     seen = []
     velocity = lambda z, s, c: seen.append(c) or z  # noqa: E731
-    list(
-        soar_terms(
-            velocity, X, draw(X.shape, SoarConfig(num_aux_points=1), rng(0)), cond, uncond, SoarConfig(num_aux_points=1)
-        )
-    )
+    config = SoarConfig(num_aux_points=1)
+    list(soar_terms(velocity, X, draw(X.shape, config, rng(0)), cond, uncond, config))
     expected = [cond, uncond, cond] if uncond is not None else [cond, cond]
     assert len(seen) == len(expected) and all(a is b for a, b in zip(seen, expected))
 
