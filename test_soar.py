@@ -236,8 +236,6 @@ def test_sft_loss_weights_each_sample_by_its_noise_level(shape, seed):
     weighted = sft_loss(*args, weighting=lambda s: scale / s)
     torch.testing.assert_close(weighted, sft_loss(*args) / case.sigma0(), **CLOSE)
     torch.testing.assert_close(torch.autograd.grad(weighted.sum(), scale)[0], weighted.sum().detach(), **CLOSE)
-    with pytest.raises(TypeError):
-        sft_loss(*args, torch.exp)
 
 
 # --- 2, 3. An exact model, and a rollout that goes nowhere, give SFT terms ---
@@ -713,11 +711,7 @@ BOUNDS = {  # field: (what is expected, values that must pass, values that must 
     "num_aux_points": ("int in [0, inf)", [0, 1, 100], [-1, 1.0, 6.0, True, "6", None]),
     "num_rollout_paths": ("int in [1, inf)", [1, 5], [0, -1, 1.0, True, None]),
     "num_sampling_steps": ("int in [1, inf)", [1, 10**9], [0, -40, 40.0, True, None]),
-    "guidance_scale": (
-        "float in (-inf, inf)",
-        [0, 1.0, -3.5, 100],
-        [math.inf, -math.inf, math.nan, "4.5", False, None],
-    ),
+    "guidance_scale": ("float in (-inf, inf)", [0, 1.0, -3.5], [math.inf, -math.inf, math.nan, "4.5", False, None]),
     "shift": ("float in (0, inf)", [1e-3, 1, 3.0], [0, -1.0, math.inf, math.nan, "3", True]),
     "t_min": ("float in (0, 1)", [1e-9, 0.5, 0.999], [0, 0.0, 1, 1.0, -0.1, math.nan, "0", True]),
     "logit_mean": ("float in (-inf, inf)", [-3, 0, 3.5], [math.inf, -math.inf, math.nan, None, True]),
@@ -810,8 +804,6 @@ def test_rollout_step_refuses_an_unknown_kind_and_noise_that_does_not_fit_it():
             rollout_step(X, X, S, S, kind=kind, noise=noise)
         came = f"kind is '{kind}' and noise a {type(noise).__name__}"
         assert str(error.value) == f"{came}, expected 'ode' and None or {SDE_TYPES}"
-    with pytest.raises(TypeError):
-        rollout_step(X, X, S, S, "sde")
 
 
 def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
@@ -837,8 +829,8 @@ def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
             r"draws.path_z1 is a NoneType, expected \(2, 2, 3",
         ),
         ({"config": SoarConfig()}, r"draws.u is \(2, 6, 2\) torch.float32 on cpu, expected \(1, 6, 2\)"),
-        ({"uncond": config}, "uncond is a SoarConfig, expected a Tensor like cond, or None"),
-        ({"uncond": ["a cat"]}, "uncond is a list, expected a Tensor like cond, or None"),
+        ({"uncond": config}, "uncond is a SoarConfig, expected a Tensor like cond, or None$"),
+        ({"uncond": ["a cat"]}, "uncond is a list, expected a Tensor like cond, or None$"),
         ({"weighting": lambda s: s[:1]}, r"weighting\(sigma\) is \(1,\) torch.float32 on cpu, expected \(2,\)"),
         ({"weighting": lambda s: 1.0}, r"weighting\(sigma\) is a float, expected \(2,\)"),
     ):
@@ -879,6 +871,7 @@ def test_velocity_of_another_shape_or_type_is_refused(output, came):
 def test_options_are_given_by_keyword():
     for call in (
         lambda: rollout_step(X, X, S, S, "ode"),
+        lambda: sft_loss(lambda z, s, c: z, X, X, S, None, torch.exp),
         lambda: soar_terms(lambda z, s, c: z, X, None, None, None, SoarConfig(), torch.exp),
         lambda: soar_loss(lambda z, s, c: z, X, None, None, SoarConfig(), rng(0)),
     ):
