@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from experiments import shapes
@@ -130,6 +130,40 @@ def test_score_image_allows_extra_objects_unless_a_clause_excludes_them():
     )
     assert not correct and reason == "expected circle<2, found 2"
     assert sorted(details) == ["circle", "square"] and len(details["circle"]) == 2
+
+
+def test_score_image_judges_the_best_matches_only(monkeypatch):
+    def reads(*found):
+        keys = ("shape", "color", "box")
+        monkeypatch.setattr(shapes, "detect", lambda image: [dict(zip(keys, f, strict=True)) for f in found])
+
+    left, middle, right = [0, 20, 10, 30], [20, 20, 30, 30], [40, 20, 50, 30]
+    red_circle = {"include": [{"class": "circle", "count": 1, "color": "red"}]}
+    reads(("circle", "red", left), ("circle", "blue", right))
+    assert score_image(None, red_circle)[0]
+    reads(("circle", "blue", right), ("circle", "red", left))
+    assert score_image(None, red_circle)[1] == "expected red circle>=1, found blue"
+
+    placed = {"class": "circle", "count": 1, "position": ["left of", 0]}
+    beside = {"include": [{"class": "square", "count": 1, "color": "red"}, placed]}
+    reads(("square", "red", middle), ("circle", "red", left), ("circle", "red", right))
+    assert score_image(None, beside)[0]
+    reads(("square", "blue", middle), ("circle", "red", left))
+    assert score_image(None, beside)[1].endswith("no target for circle to be left of")
+
+
+def test_detect_sorts_by_match_and_leaves_out_what_no_template_fits():
+    circle, square = Thing("circle", "red", 13.6, 14.3, 7.2), Thing("square", "blue", 46, 14, 9)
+    image = render(Scene((circle, square), (230, 230, 230)))
+    pen = ImageDraw.Draw(image)
+    # A bar, which stretched to its box is a square, and a speck.
+    pen.rectangle((4, 40, 60, 52), shapes.COLORS["green"])
+    pen.rectangle((2, 58, 6, 62), shapes.COLORS["black"])
+    found = shapes.detect(image)
+    assert [f["shape"] for f in found] == ["square", "circle"] and found[0]["match"] > found[1]["match"]
+    for f, thing in zip(found, (square, circle), strict=True):
+        box = [thing.x - thing.r, thing.y - thing.r, thing.x + thing.r, thing.y + thing.r]
+        assert np.abs(np.subtract(f["box"], box)).max() <= 1
 
 
 @pytest.mark.parametrize(
