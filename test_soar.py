@@ -889,6 +889,24 @@ def test_velocity_of_another_shape_or_type_is_refused(output, came):
         next(soar_terms(lambda z, s, c: output(z), X, draws, None))
 
 
+def test_terms_equal_the_papers_formulas_at_the_ends_of_u():
+    for u in (0.0, 1 - 2**-24):
+        case = Case((3, 2), SoarConfig(), 5)
+        case.draws.u.fill_(u)
+        for term, ref in zip(case.terms(), reference_terms(case), strict=True):
+            assert_all_close(term, ref)
+
+
+@pytest.mark.parametrize("name", [name for name in STATE_FUNCTIONS if name != "sft_loss"])
+def test_state_functions_pass_gradients_to_every_state(name):
+    function, states, levels = STATE_FUNCTIONS[name]
+    states = {key: randn(i, 2, 3).requires_grad_() for i, key in enumerate(states)}
+    levels = {key: torch.full((2,), 0.6 - 0.1 * i, dtype=torch.float64) for i, key in enumerate(levels)}
+    if name == "renoise":
+        levels = {"sigma_hat": levels["sigma"], "sigma": levels["sigma_hat"]}
+    assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(states, x)), **levels), tuple(states.values()))
+
+
 def test_options_are_given_by_keyword():
     for call in (
         lambda: rollout_step(X, X, S, S, "ode"),
