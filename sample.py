@@ -5,18 +5,14 @@
         --transformer output/soar/final
 
 writes output_dir/00000/metadata.jsonl (the prompt's line), 00000/samples/00000.png ... and 00000/grid.png, a folder a
-prompt. The initial noise of an image is a function of (seed, prompt index, image index) alone, so that images depend
-neither on the batch size nor on the number of processes. States are float32 whatever the transformer runs in.
+prompt. The initial noise of an image is a function of (seed, prompt index, image index), and the images of a batch one
+of (prompts, batch_size), whichever process makes it: files do not depend on the number of processes. Another batch size
+runs other kernels: on the CPU in float32 that is worth at most one grey level. States are float32 always.
 """
 
 import hashlib
 import json
 import os
-
-# Set before torch is imported. Without it the last bits of a matrix product on the CPU depend on its number of rows,
-# and so an image's on its batch. Seen to hold to batch size 4; beyond that, images can differ by one grey level.
-os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -177,8 +173,7 @@ def sample_images(
         v = guided_velocity(*v.chunk(2), guidance_scale) if guided else v.float()
         z = pipe.scheduler.step(v, timestep, z, return_dict=False)[0]
     latents = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = torch.cat([pipe.vae.decode(x, return_dict=False)[0] for x in latents.split(1)])  # alone, as MKL_CBWR
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
 
 
 def save_whole(image: Image.Image, path: Path) -> None:
@@ -206,13 +201,15 @@ def main(args: Args) -> None:
         (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     dist.barrier()
 
+    work = [(i, j) for i in range(len(rows)) for j in range(args.num_images_per_prompt)]
+    batches = [work[start : start + args.batch_size] for start in range(0, len(work), args.batch_size)]
+    batches = batches[rank::world_size]
     # One prompt at a time: its embeddings then do not depend on the batch it is in.
-    work = [(i, j) for i in range(len(rows)) for j in range(args.num_images_per_prompt)][rank::world_size]
     encode = lambda prompt: encode_prompts(pipe, [prompt], args.max_sequence_length)  # noqa: E731
-    embeds, empty = {i: encode(rows[i]["prompt"]) for i, _ in dict.fromkeys((i, 0) for i, _ in work)}, encode("")
-    bar = tqdm(total=len(work), desc=f"images of rank 0 of {world_size}", disable=rank > 0)
-    for start in range(0, len(work), args.batch_size):
-        batch = work[start : start + args.batch_size]
+    wanted = sorted({i for batch in batches for i, _ in batch})
+    embeds, empty = {i: encode(rows[i]["prompt"]) for i in wanted}, encode("")
+    bar = tqdm(total=sum(map(len, batches)), desc=f"images of rank 0 of {world_size}", disable=rank > 0)
+    for batch in batches:
         z1 = torch.stack([torch.randn(shape, generator=seeded(args.seed, i, j)) for i, j in batch])
         cond = {key: torch.cat([embeds[i][key] for i, _ in batch]) for key in empty}
         uncond = {key: x.expand(len(batch), *x.shape[1:]) for key, x in empty.items()}

@@ -177,6 +177,14 @@ def encode_images(pipe: StableDiffusion3Pipeline, pixels: Tensor, noise: Tensor)
 
 
 def main(args: Args) -> None:
+    train(args)
+    # Only now, with train's frame gone and DDP with it. Were DDP to hold the last reference to the group, it would wait
+    # for gloo's threads while it holds the interpreter's lock, and they for that lock (seen with torch 2.13).
+    dist.destroy_process_group()
+
+
+def train(args: Args) -> None:
+    """All of a run, between checks of its settings and its last checkpoint."""
     if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         raise ValueError(f"--output_dir {args.output_dir} is not empty, expected a new one")
     config = args.soar_config()
@@ -264,7 +272,6 @@ def main(args: Args) -> None:
         (args.output_dir / "final").symlink_to(path.name)
         bar.close()
         print(f"{path}\nto see it: python sample.py --transformer {args.output_dir / 'final'} --prompts FILE")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

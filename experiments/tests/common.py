@@ -1,0 +1,38 @@
+"""What the tests of train.py and sample.py share: the small pipeline's flags, and a launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"pretrained_model_name_or_path": str(DATA / "model"), "max_sequence_length": MAX_SEQUENCE_LENGTH}
+MODEL |= {"mixed_precision": "no"}
+
+
+def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:
+    """script under torchrun, or alone with 1 process, in a process group of its own; one thread a process."""
+    words += tuple(str(word) for name, value in flags.items() for word in (f"--{name}", value))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else [sys.executable]), script, *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.CompletedProcess:
+    """Wait for its end, and leave no process of its group behind."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launch(processes: int, script: str, *words: str, **flags) -> subprocess.CompletedProcess:
+    return finish(start(processes, script, *words, **flags))
