@@ -2,47 +2,70 @@
 
     python sample.py --prompt "a photo of a bench" --output_dir output/bench
     torchrun --nproc_per_node 8 sample.py --prompts evaluation_metadata.jsonl --output_dir output/geneval \\
-        --transformer output/soar/final
+        --transformer base output/sft/final output/soar/final
 
-writes output_dir/00000/metadata.jsonl (the prompt's line), 00000/samples/00000.png ... and 00000/grid.png, a folder a
-prompt. The initial noise of an image is a function of (seed, prompt index, image index), and the images of a batch one
-of (prompts, batch_size), whichever process makes it: files do not depend on the number of processes. Another batch size
-runs other kernels: on the CPU in float32 that is worth at most one grey level. States are float32 always.
+writes NNNNN/metadata.jsonl (the prompt's line), NNNNN/samples/NNNNN.png and NNNNN/grid.png, a folder a prompt; at the
+end samples.jsonl, a line an image; protocol.json says what they depend on. One transformer writes to output_dir itself;
+each of several to a folder in it, named by the parts of the path given, output/soar/final to output-soar-final, and
+compare.png shows them side by side. The same command goes on with a run that was killed.
+
+The initial noise of an image is a function of (seed, prompt index, image index) alone. Batches, of images and of texts
+to encode, are cut from all of them before the processes share them out; one that was left half done is computed whole.
+So on one kind of machine files are equal to the byte for any number of processes, in any order, resumed or not. Another
+batch_size runs other kernels: on a CPU in float32 that is worth at most one grey level. States are float32 always.
 """
 
+import gc
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from soar import guided_velocity
+from experiments.sd3 import (
+    check_size,
+    encode_prompts,
+    init_distributed,
+    load_pipeline,
+    load_transformer,
+    read_prompts,
+    sample_images,
+    save_whole,
+    seeded,
+)
+
+FIT = "_class_name in_channels out_channels patch_size pos_embed_max_size joint_attention_dim pooled_projection_dim"
 
 
 @dataclass(frozen=True)
 class Args:
     output_dir: Path
-    """Where the folders are written; must be empty or new."""
+    """Where images are written, on a disk that all nodes see: new, empty, or holding the run that is to go on."""
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Hub id or directory of a Stable Diffusion 3 pipeline."""
-    transformer: Path | None = None
-    """A checkpoint of train.py, or any diffusers transformer directory; by default the pipeline's own."""
+    transformer: tuple[str, ...] = ("base",)
+    """Checkpoints of train.py, diffusers transformer directories, LoRA files, or base, the pipeline's own."""
     prompts: Path | None = None
-    """A .jsonl file, one object with a "prompt" a line, or a .txt file, one prompt a line."""
+    """A .jsonl file, an object with a "prompt" a line; .txt, a prompt a line; .csv with a column prompt or Prompts."""
     prompt: str | None = None
     """A single prompt, in place of --prompts."""
     num_images_per_prompt: int = 4
+    """Images a prompt, each from noise of its own."""
     num_inference_steps: int = 40
+    """Euler steps, each one forward for both branches of guidance."""
     guidance_scale: float = 4.5
     """w of v_uncond + w (v_cond - v_uncond); 1 is unguided."""
     height: int = 512
@@ -50,184 +73,208 @@ class Args:
     width: int = 512
     """Pixels."""
     seed: int = 42
+    """Of the initial noise."""
     batch_size: int = 4
     """Images per forward and process; guidance doubles it."""
-    max_sequence_length: int = 77
-    """T5 tokens a prompt is padded or cut to: as in training, or the images differ, for SD3 does not mask padding."""
+    max_sequence_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; by default as in training, else 77. SD3 does not mask padding."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """What the transformer and the text encoders run in. The VAE and all states are float32."""
+    compile: bool = False
+    """torch.compile the transformer: a slow first batch, faster others."""
+    offload_text_encoders: bool = False
+    """Free the text encoders once the prompts are encoded, before the transformer is loaded."""
 
     def __post_init__(self):
         counts = "num_images_per_prompt num_inference_steps height width batch_size max_sequence_length"
         for name in counts.split():
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
         if (self.prompts is None) == (self.prompt is None):
             raise ValueError("give either --prompts FILE or --prompt TEXT")
 
 
-# --- Shared with train.py ---------------------------------------------------------------------------------------------
+# --- What to sample, and where ----------------------------------------------------------------------------------------
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process, under torchrun or alone; nccl on CUDA, gloo on CPU."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if cuda else "gloo", **alone)
-    return dist.get_rank(), dist.get_world_size(), device
+def find_weights(given: str) -> tuple[Path | None, dict]:
+    """The transformer directory or LoRA file that a --transformer names, None for base; its trainer_state.json, or {}.
+
+    Raises FileNotFoundError: nothing of the kind is there."""
+    if given == "base":
+        return None, {}
+    path = Path(given).resolve()
+    for file in (path, path / "pytorch_lora_weights.safetensors"):
+        if file.suffix == ".safetensors" and file.is_file():
+            return file, {}
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if not (folder / "config.json").is_file():
+        kinds = "base, a checkpoint of train.py, a diffusers transformer directory or a LoRA .safetensors file"
+        raise FileNotFoundError(f"--transformer {given} is none of {kinds}: there is no {folder / 'config.json'}")
+    state = folder.parent / "trainer_state.json"
+    return folder, json.loads(state.read_text()) if state.is_file() else {}
 
 
-def seeded(*key: int | str) -> torch.Generator:
-    """A CPU generator that is a function of key alone, such as (seed, "step", 17)."""
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+def check_folder(folder: Path, protocol: dict) -> None:
+    """Raises ValueError: folder was made under another protocol, and says where; or it holds files and no protocol."""
+    file = folder / "protocol.json"
+    if not file.is_file() and any(folder.glob("[!.]*")):
+        raise ValueError(f"--output_dir: {folder} is not empty and holds no run that could go on: no protocol.json")
+    was = json.loads(file.read_text()) if file.is_file() else protocol
+    other = [f"{x}: was {was.get(x)}, now {protocol.get(x)}" for x in was | protocol if was.get(x) != protocol.get(x)]
+    if other:
+        raise ValueError(f"{folder} was made under another protocol; {'; '.join(other)}. Give another --output_dir")
 
 
-def load_pipeline(name_or_path: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion3Pipeline:
-    """The pipeline without its transformer: text encoders in dtype, the VAE in float32, all frozen, on device.
+def plan(args: Args, rows: list[dict]) -> dict[Path, tuple[str, Path | None, dict]]:
+    """The folder of each --transformer, with its name, weights and protocol; reads configs and no weights.
 
-    Raises OSError: nothing is there, or it is not a pipeline (diffusers' message)."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(name_or_path, transformer=None, torch_dtype=dtype)
-    pipe.vae.to(dtype=torch.float32)
-    for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        if module is not None:
-            module.requires_grad_(False).eval().to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@torch.no_grad()
-def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-    """The transformer's conditioning: encoder_hidden_states (B, CLIP's tokens and T5's, D), pooled_projections (B, D').
-
-    Source: diffusers' StableDiffusion3Pipeline.encode_prompt."""
-    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=pipe.vae.device, **options)
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-
-def check_size(pipe: StableDiffusion3Pipeline, transformer: SD3Transformer2DModel, **pixels: int) -> None:
-    """Raises ValueError: a height, width or resolution that the VAE and the patches do not divide, or is too large."""
-    unit = pipe.vae_scale_factor * transformer.config.patch_size
-    for flag, size in pixels.items():
-        if size % unit or size > unit * transformer.config.pos_embed_max_size:
-            most = unit * transformer.config.pos_embed_max_size
-            raise ValueError(f"--{flag} is {size}, expected a multiple of {unit} pixels, at most {most}")
-
-
-# --- Prompts ----------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(path: Path) -> list[dict]:
-    """The lines of a prompt file, each a dict with a non-empty "prompt"; the rest of a .jsonl object is kept as it is.
-
-    Raises ValueError: names the file, the line and what is wrong with it; OSError: it cannot be read."""
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"{path}: expected a .jsonl or a .txt file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise ValueError(f"{path} is empty, expected a prompt a line")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f'{path}, line {number}: no "prompt", or one that is empty or not a text')
-        rows.append(row)
-    return rows
+    Raises ValueError: output_dir is in other use, or a transformer does not fit the pipeline; names how they differ."""
+    base, found, jobs = args.pretrained_model_name_or_path, {x: find_weights(x) for x in args.transformer}, {}
+    config, revision = SD3Transformer2DModel.load_config(base, subfolder="transformer", return_commit_hash=True)
+    scheduler = FlowMatchEulerDiscreteScheduler.load_config(base, subfolder="scheduler")
+    trained = {x: state["settings"]["max_sequence_length"] for x, (_, state) in found.items() if "settings" in state}
+    if args.max_sequence_length is None and len(set(trained.values())) > 1:
+        raise ValueError(f"give --max_sequence_length: the checkpoints were trained with {trained}")
+    length = args.max_sequence_length or next(iter(trained.values()), 77)
+    flags = "num_images_per_prompt num_inference_steps guidance_scale height width seed batch_size mixed_precision"
+    for given, (weights, state) in found.items():
+        own = SD3Transformer2DModel.load_config(weights) if weights and weights.is_dir() else config
+        other = [f"{x} is {own.get(x)}, not {config.get(x)}" for x in FIT.split() if own.get(x) != config.get(x)]
+        if other:
+            raise ValueError(f"--transformer {given} does not fit the pipeline {base}: {'; '.join(other)}")
+        if trained.get(given, length) != length and os.environ.get("RANK", "0") == "0":
+            print(f"warning: --max_sequence_length is {length}, but {given} was trained with {trained[given]}")
+        protocol = {"pretrained_model_name_or_path": base, "revision": revision, "transformer": str(weights or "base")}
+        protocol |= {"step": state.get("step"), "scheduler": scheduler["_class_name"], "shift": scheduler["shift"]}
+        protocol |= {flag: getattr(args, flag) for flag in (*flags.split(), "compile")}
+        protocol |= {"max_sequence_length": length}
+        protocol |= {"prompts_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+        protocol |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
+        name = "-".join(part for part in Path(given).parts if part not in ("/", "..")) if len(found) > 1 else ""
+        check_folder(args.output_dir / name, protocol)
+        jobs[args.output_dir / name] = (given, weights, protocol)
+    if len(jobs) < len(args.transformer):
+        raise ValueError(f"--transformer {' '.join(args.transformer)}: two of these would write to one folder")
+    if len(jobs) > 1 and any(path.is_file() and path.name != "compare.png" for path in args.output_dir.glob("[!.]*")):
+        raise ValueError(f"--output_dir {args.output_dir} holds other files than a comparison's: give another")
+    return jobs
 
 
-# --- Sampler ----------------------------------------------------------------------------------------------------------
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
-def load_transformer(args: Args, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
-    """The transformer of --transformer, or the pipeline's own, for inference. Raises OSError: none is there."""
-    path, subfolder = args.transformer or args.pretrained_model_name_or_path, "transformer"
-    if args.transformer and not (args.transformer / subfolder).is_dir():
-        subfolder = None
-    model = SD3Transformer2DModel.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
-    return model.requires_grad_(False).eval().to(device)
+def encode_texts(pipe: StableDiffusion3Pipeline, texts: list[str], max_sequence_length: int) -> dict[str, dict]:
+    """encode_prompts' tensors without their first dimension, on the CPU, of each text and of ""."""
+    texts = sorted({"", *texts})
+    parts = [encode_prompts(pipe, texts[start : start + 16], max_sequence_length) for start in range(0, len(texts), 16)]
+    made = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+    return {text: {key: x[i] for key, x in made.items()} for i, text in enumerate(texts)}
 
 
-@torch.no_grad()
-def sample_images(
-    pipe: StableDiffusion3Pipeline, transformer, z1: Tensor, cond: dict, uncond: dict, steps: int, guidance_scale: float
-) -> list[Image.Image]:
-    """Images from noise z1 (B, C, h, w) float32 on the CPU, by Euler steps of the pipeline's own scheduler.
-
-    cond, uncond: as encode_prompts returns them, for B prompts. What StableDiffusion3Pipeline computes, with the states
-    in float32; both branches share a forward. Source: diffusers' StableDiffusion3Pipeline.__call__."""
-    guided = guidance_scale != 1
-    both = {key: torch.cat([uncond[key], cond[key]]) for key in cond} if guided else cond
-    z, dtype = z1.to(pipe.vae.device), next(transformer.parameters()).dtype
-    pipe.scheduler.set_timesteps(steps, device=z.device)
-    for timestep in pipe.scheduler.timesteps:
-        z_in = torch.cat([z, z]) if guided else z
-        v = transformer(z_in.to(dtype), timestep=timestep.expand(len(z_in)), return_dict=False, **both)[0]
-        v = guided_velocity(*v.chunk(2), guidance_scale) if guided else v.float()
-        z = pipe.scheduler.step(v, timestep, z, return_dict=False)[0]
-    latents = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
+def gather(embeds: dict[str, dict], texts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The conditioning of a batch of texts, as encode_prompts returns it, on device."""
+    return {key: torch.stack([embeds[text][key] for text in texts]).to(device) for key in embeds[""]}
 
 
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside path, then rename: path never holds half an image."""
-    image.save(path.with_suffix(".tmp"), format="PNG")
-    path.with_suffix(".tmp").rename(path)
+def run(args: Args, rows: list[dict], jobs: dict[Path, tuple[str, Path | None, dict]]) -> None:
+    """Sample what plan returned. Raises RuntimeError: in the end a folder does not hold exactly what was asked for."""
+    rank, world_size, device = init_distributed()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # one process may end long before another
+    work = [(i, j) for i in range(len(rows)) for j in range(args.num_images_per_prompt)]
+    batches = [work[start : start + args.batch_size] for start in range(0, len(work), args.batch_size)]
+    paths = {folder: {(i, j): folder / f"{i:05d}/samples/{j:05d}.png" for i, j in work} for folder in jobs}
+    done = {folder: {key for key, path in paths[folder].items() if path.is_file()} for folder in jobs}
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device)
+    length = next(iter(jobs.values()))[2]["max_sequence_length"]
+    embeds = encode_texts(pipe, [row["prompt"] for row in rows], length)
+    if args.offload_text_encoders:
+        pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    dist.barrier(group)  # no process writes before each has seen what is there
+
+    for folder, (given, weights, protocol) in jobs.items():
+        transformer = load_transformer(args.pretrained_model_name_or_path, weights, dtype, device)
+        check_size(pipe, transformer, height=args.height, width=args.width)
+        if args.compile:
+            torch.compiler.reset()  # or one transformer's graphs count against the next one's limit
+            transformer.compile(dynamic=False)  # dynamic kernels would depend on the sizes that came before
+        if rank == 0:
+            prepare(folder, rows, protocol)
+        dist.barrier(group)
+        shape = (transformer.config.in_channels, *(n // pipe.vae_scale_factor for n in (args.height, args.width)))
+        shares = [[b for b in batches[r::world_size] if not done[folder].issuperset(b)] for r in range(world_size)]
+        awaited = [[paths[folder][x] for b in share for x in b if x not in done[folder]][::-1] for share in shares]
+        bar = tqdm(total=len(work), initial=len(done[folder]), unit="image", desc=given, disable=rank > 0)
+        with ThreadPoolExecutor(1) as writer:  # compresses and writes images while the next ones are computed
+            writes = []
+            for batch in shares[rank]:
+                z1 = torch.stack([torch.randn(shape, generator=seeded(args.seed, i, j)) for i, j in batch])
+                cond = gather(embeds, [rows[i]["prompt"] for i, _ in batch], device)
+                uncond = gather(embeds, [""] * len(batch), device)
+                made = sample_images(pipe, transformer, z1, cond, uncond, args.num_inference_steps, args.guidance_scale)
+                list(writes)  # waits for the batch before, and raises what went wrong
+                new = [(image, paths[folder][key]) for key, image in zip(batch, made) if key not in done[folder]]
+                writes = writer.map(save_whole, *zip(*new))
+                for files in awaited if rank == 0 else ():  # each process writes in order: its next file is its mark
+                    while files and files[-1].is_file():
+                        files.pop()
+                        bar.update()
+            list(writes)
+        dist.barrier(group)
+        bar.update(len(work) - bar.n)
+        bar.close()
+        if rank == 0:
+            rate = (len(work) - len(done[folder])) / bar.format_dict["elapsed"]
+            finish(args, rows, folder, paths[folder])
+            print(f"{len(work)} images of {len(rows)} prompts in {folder}; {rate:.2f} images/s", flush=True)
+        for i in range(rank, len(rows), world_size):
+            images = [Image.open(paths[folder][i, j]) for j in range(args.num_images_per_prompt)]
+            columns = max(c for c in range(1, 5) if len(images) % c == 0)
+            save_whole(make_image_grid(images, len(images) // columns, columns), folder / f"{i:05d}/grid.png")
+
+
+def prepare(folder: Path, rows: list[dict], protocol: dict) -> None:
+    """Write all but images: protocol.json first, as it marks the folder as ours. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_whole(json.dumps(protocol, indent=1) + "\n", folder / "protocol.json")
+    for path in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+        path.unlink()
+    for i, row in enumerate(rows):
+        (folder / f"{i:05d}/samples").mkdir(parents=True, exist_ok=True)
+        save_whole(json.dumps(row) + "\n", folder / f"{i:05d}/metadata.jsonl")
+
+
+def finish(args: Args, rows: list[dict], folder: Path, paths: dict[tuple[int, int], Path]) -> None:
+    """Count the images and list them in samples.jsonl. Raises RuntimeError: an image is missing, or one too many."""
+    wrong = set(paths.values()) ^ set(folder.glob("[0-9]*/samples/*"))
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} images of {folder} are missing or were not asked for, such as {min(wrong)}")
+    lines = []
+    for (i, j), path in paths.items():
+        line = {"file": str(path.relative_to(folder)), "prompt": rows[i]["prompt"], "prompt_index": i, "image_index": j}
+        lines.append(json.dumps(line | {"seed": args.seed}) + "\n")
+    save_whole("".join(lines), folder / "samples.jsonl")
 
 
 def main(args: Args) -> None:
     rows = [{"prompt": args.prompt}] if args.prompts is None else read_prompts(args.prompts)
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty, expected a new one")
-
-    rank, world_size, device = init_distributed()
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device)
-    transformer = load_transformer(args, dtype, device)
-    check_size(pipe, transformer, height=args.height, width=args.width)
-    shape = (transformer.config.in_channels, args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor)
-    folders = [args.output_dir / f"{index:05d}" for index in range(len(rows))]
-    dist.barrier()  # no rank writes before each has seen that output_dir is empty
-
-    for row, folder in list(zip(rows, folders))[rank::world_size]:
-        (folder / "samples").mkdir(parents=True)
-        (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    dist.barrier()
-
-    work = [(i, j) for i in range(len(rows)) for j in range(args.num_images_per_prompt)]
-    batches = [work[start : start + args.batch_size] for start in range(0, len(work), args.batch_size)]
-    batches = batches[rank::world_size]
-    # One prompt at a time: its embeddings then do not depend on the batch it is in.
-    encode = lambda prompt: encode_prompts(pipe, [prompt], args.max_sequence_length)  # noqa: E731
-    wanted = sorted({i for batch in batches for i, _ in batch})
-    embeds, empty = {i: encode(rows[i]["prompt"]) for i in wanted}, encode("")
-    bar = tqdm(total=sum(map(len, batches)), desc=f"images of rank 0 of {world_size}", disable=rank > 0)
-    for batch in batches:
-        z1 = torch.stack([torch.randn(shape, generator=seeded(args.seed, i, j)) for i, j in batch])
-        cond = {key: torch.cat([embeds[i][key] for i, _ in batch]) for key in empty}
-        uncond = {key: x.expand(len(batch), *x.shape[1:]) for key, x in empty.items()}
-        images = sample_images(pipe, transformer, z1, cond, uncond, args.num_inference_steps, args.guidance_scale)
-        for (i, j), image in zip(batch, images):
-            save_whole(image, folders[i] / "samples" / f"{j:05d}.png")
-        bar.update(len(batch))
-    dist.barrier()
-
-    for folder in folders[rank::world_size]:
-        images = [Image.open(folder / "samples" / f"{j:05d}.png") for j in range(args.num_images_per_prompt)]
-        columns = max(c for c in range(1, 5) if len(images) % c == 0)
-        save_whole(make_image_grid(images, len(images) // columns, columns), folder / "grid.png")
-    dist.barrier()
-    if rank == 0:
-        print(f"{len(rows) * args.num_images_per_prompt} images of {len(rows)} prompts in {args.output_dir}")
+    jobs = plan(args, rows)
+    run(args, rows, jobs)
+    if len(jobs) > 1 and dist.get_rank() == 0:
+        shown = range(0, len(rows), -(-len(rows) // 16))
+        tiles = [Image.open(folder / f"{i:05d}/samples/00000.png") for i in shown for folder in jobs]
+        save_whole(make_image_grid(tiles, len(shown), len(jobs)), args.output_dir / "compare.png")
+        print(f"{args.output_dir / 'compare.png'}, from the left: {', '.join(args.transformer)}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped: all images written are whole, and the same command goes on from here", flush=True)
+        os._exit(130)  # at once: the end of a process group waits for the other processes

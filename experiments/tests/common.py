@@ -28,6 +28,7 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        subprocess.run(["pkill", "-9", "-P", str(process.pid)])  # torchrun's workers, which have groups of their own
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         raise AssertionError(f"no end after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
