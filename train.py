@@ -3,35 +3,63 @@
     torchrun --nproc_per_node 8 train.py --dataset DIR_OR_HUB_ID --output_dir output/soar
     torchrun --nproc_per_node 8 train.py --dataset DIR_OR_HUB_ID --output_dir output/sft --lambda_aux 0
 
-`python train.py` runs one process. The defaults are the published run: 8 GPUs x 4 images, 5,000 steps. Written to
-output_dir: metrics.jsonl, a line a step; checkpoint-NNNNNN/transformer, a diffusers directory; final, a link to the
-last. Every random number is a function of (seed, step, sample): the number of GPUs changes only the order of sums.
+`python train.py` runs one process; --dry_run loads and checks everything, says what would run, and stops. The defaults
+are the published run: 8 GPUs x 4 images, 5,000 steps. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1,
+goes on from its last checkpoint when the same command is given again.
+
+Written to output_dir: checkpoint-NNNNNN/{transformer/, optimizer.safetensors, trainer_state.json}; final, a link to the
+last; metrics.jsonl and tensorboard/; validation-NNNNNN.png. Every random number is a function of (seed, step, sample):
+the number of GPUs changes only the order of sums.
 """
 
 import contextlib
 import json
+import math
 import os
+import resource
+import shutil
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import SD3Transformer2DModel
 from diffusers.optimization import get_scheduler
-from PIL import Image, ImageOps
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sample import check_size, encode_prompts, init_distributed, load_pipeline, seeded
-from soar import Draws, SoarConfig, draw, loss_normalizer, soar_terms
+from experiments.pairs import Pairs
+from experiments.sd3 import (
+    check_size,
+    encode_images,
+    encode_prompts,
+    init_distributed,
+    load_pipeline,
+    read_prompts,
+    sample_images,
+    save_whole,
+    seeded,
+    sync,
+)
+from soar import Draws, SoarConfig, Term, draw, loss_normalizer, sigma_from_t, soar_terms
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,103 +69,125 @@ class Args(SoarConfig):
     num_aux_points: Annotated[int, tyro.conf.arg(aliases=["--trajectory_length"])] = SoarConfig.num_aux_points
     """N, auxiliary points a path; 0 is SFT."""
     guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--cfg_scale_sampling"])] = SoarConfig.guidance_scale
-    """w of the rollout; 1 is unguided."""
+    """w of the rollout and of validation images; 1 is unguided."""
     sde_type: Annotated[str, tyro.conf.arg(aliases=["--sde_rollout_type"])] = SoarConfig.sde_type
     """Step of rollout paths 2..M: simple, sde, flow_sde or cps."""
     dataset: str
-    """An imagefolder directory (images, and metadata.jsonl with file_name and the caption column), or a hub id."""
+    """What datasets.load_dataset reads: a directory (imagefolder, parquet, webdataset ...), a hub id, or a .parquet,
+    .csv, .json, .jsonl or .tar file, with images or their paths, relative to the file."""
     output_dir: Path
-    """Where the run is written; must be empty or new."""
+    """Where the run is written, on a disk that all nodes see: new, empty, or holding the run that is to go on."""
+    dataset_split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
+    min: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """COLUMN=NUMBER, such as aesthetic=6.8: keep rows where this column is at least that; may be given again."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do about rows that cannot be used, which are listed: stop, or go on without them."""
+    resolution: int = 512
+    """Pixels; images are scaled to cover the square, then cropped."""
+    crop: Literal["center", "random"] = "center"
+    random_flip: bool = False
+    """Mirror half of the images. Off, as it makes captions such as "left of" false."""
+    cond_dropout_rate: float = 0.0
+    """Share of samples trained with an empty caption."""
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Hub id or directory of a Stable Diffusion 3 pipeline."""
-    resolution: int = 512
-    """Pixels; images are scaled to cover the square, then cropped at the centre."""
     train_batch_size: int = 4
     """Images a GPU and forward."""
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 5000
-    checkpointing_steps: int = 1000
     learning_rate: float = 2e-5
     lr_scheduler: str = "constant"
     """A name that diffusers.optimization.get_scheduler knows; constant_with_warmup is the one that warms up."""
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    mixed_precision: Literal["bf16", "no"] = "bf16"
-    """What forwards run in. Weights, optimizer, states, targets, losses and the VAE are float32."""
+    mixed_precision: str = "bf16"
+    """bf16 or no: what forwards run in. Weights, optimizer, states, targets, losses and the VAE are float32."""
     gradient_checkpointing: bool = False
     max_sequence_length: int = 77
     """T5 tokens a caption is padded or cut to."""
     seed: int = 42
     dataloader_num_workers: int = 4
+    resume_from_checkpoint: str = "latest"
+    """latest: from the last checkpoint in output_dir, if any; PATH: from that one; none: output_dir must be new."""
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int | None = None
+    """Keep only so many checkpoints, the newest; older ones are deleted once a new one is complete."""
+    logging_steps: int = 10
+    """A line of metrics every so many steps, a mean over them; between lines the host does not wait for the device."""
+    validation_prompts: Path | None = None
+    """A prompt file as sample.py reads it, an image each: num_sampling_steps steps, guidance_scale, fixed noise."""
+    validation_steps: int = 500
+    """Validation images every so many steps, and before the first."""
+    dry_run: bool = False
+    """Load and check everything, print the summary, and stop."""
 
     def __post_init__(self):
         super().__post_init__()
-        positive = "resolution train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps"
-        for name in f"{positive} learning_rate max_grad_norm max_sequence_length".split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 0")
+        zero = ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers")
+        for name, value in vars(self).items():
+            if name in zero and value < 0:
+                raise ValueError(f"--{name} is {value}, expected at least 0")
+            positive = name.endswith(("_steps", "_size", "_limit", "_norm", "_length", "resolution", "learning_rate"))
+            if positive and name not in zero and value is not None and not value > 0:
+                raise ValueError(f"--{name} is {value}, expected more than 0")
+        if not 0 <= self.cond_dropout_rate <= 1:
+            raise ValueError(f"--cond_dropout_rate is {self.cond_dropout_rate}, expected 0 to 1")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("--lr_warmup_steps is not read by --lr_scheduler constant; use constant_with_warmup")
+        if self.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision fp16: small gradients would vanish in it; use bf16, or no for float32")
+        if self.mixed_precision not in ("bf16", "no"):
+            raise ValueError(f"--mixed_precision is {self.mixed_precision}, expected bf16 or no")
+        if self.image_column == self.caption_column:
+            raise ValueError(f"--image_column and --caption_column are both {self.image_column}")
+        self.minima()
 
-    def soar_config(self) -> SoarConfig:
-        return SoarConfig(**{field.name: getattr(self, field.name) for field in fields(SoarConfig)})
+    def minima(self) -> dict[str, float]:
+        """--min as {column: least value}. Raises ValueError: a word is not COLUMN=NUMBER."""
+        try:
+            return {column: float(value) for column, value in (word.split("=") for word in self.min)}
+        except ValueError:
+            raise ValueError(f"--min is {' '.join(self.min)}, expected COLUMN=NUMBER such as aesthetic=6.8") from None
+
+    def global_batch(self, world_size: int) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps * world_size
+
+    def settings(self, world_size: int, data: str) -> dict:
+        """What the result of a run depends on. data: the digest of its pairs, wherever they lie."""
+        free = "dataset dataset_split image_column caption_column min on_bad_row output_dir train_batch_size dry_run"
+        free += " gradient_accumulation_steps gradient_checkpointing dataloader_num_workers resume_from_checkpoint"
+        free += " checkpointing_steps checkpoints_total_limit logging_steps validation_prompts validation_steps"
+        free += " max_train_steps" * self.lr_scheduler.startswith("constant")
+        values = {name: str(x) if x == math.inf else x for name, x in vars(self).items() if name not in free.split()}
+        return values | {"global_batch": self.global_batch(world_size), "data": data}
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
-
-class Pairs(torch.utils.data.Dataset):
-    """(pixels (3, R, R) in [-1, 1], caption) by row number."""
-
-    def __init__(self, args: Args):
-        self.rows = datasets.load_dataset(args.dataset, split="train")
-        for flag, column in (("image_column", args.image_column), ("caption_column", args.caption_column)):
-            if column not in self.rows.column_names:
-                raise ValueError(f"--{flag} {column}: {args.dataset} has the columns {self.rows.column_names}")
-        if not isinstance(self.rows.features[args.image_column], datasets.Image):
-            raise ValueError(f"--image_column {args.image_column} of {args.dataset} holds no images")
-        self.args, self.processor = args, VaeImageProcessor(vae_scale_factor=1)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        row = self.rows[index]
-        image, caption = ImageOps.exif_transpose(row[self.args.image_column]), row[self.args.caption_column]
-        if not isinstance(caption, str) or not caption.strip():
-            where = f"{self.args.dataset}, row {index}"
-            raise ValueError(f"{where}: {self.args.caption_column} is {caption!r}, expected a text")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        size = self.args.resolution
-        return self.processor.preprocess(image.convert("RGB"), size, size, resize_mode="crop")[0], caption
-
-
-def batch_rows(num_rows: int, args: Args, rank: int, world_size: int) -> Iterator[list[int]]:
-    """The rows of each forward of this rank, max_train_steps * gradient_accumulation_steps lists of train_batch_size.
-
-    An epoch is a permutation of all rows, a function of (seed, epoch), cut into global batches; what is left over is
-    dropped, and differs from epoch to epoch. Sample i of a global batch is the same for any split over ranks."""
-    size = args.train_batch_size * args.gradient_accumulation_steps * world_size
-    for step in range(args.max_train_steps):
-        epoch, k = divmod(step, num_rows // size)
-        if k == 0:
-            order = torch.randperm(num_rows, generator=seeded(args.seed, "epoch", epoch)).tolist()
-        for micro in range(args.gradient_accumulation_steps):
-            part = batch_slice(micro, args, rank, world_size)
-            yield order[k * size : (k + 1) * size][part]
+def step_rows(num_rows: int, global_batch: int, seed: int, step: int) -> list[int]:
+    """The rows of a step's global batch; steps count from 1. An epoch is a permutation of all rows, a function of
+    (seed, epoch), cut into global batches; what is left over is dropped, and differs from epoch to epoch."""
+    epoch, k = divmod(step - 1, num_rows // global_batch)
+    order = torch.randperm(num_rows, generator=seeded(seed, "epoch", epoch))
+    return order[k * global_batch : (k + 1) * global_batch].tolist()
 
 
 def batch_slice(micro: int, args: Args, rank: int, world_size: int) -> slice:
     """Where the samples of a rank's forward stand in the global batch."""
     start = (micro * world_size + rank) * args.train_batch_size
     return slice(start, start + args.train_batch_size)
+
+
+def batch_keys(num_rows: int, args: Args, rank: int, world_size: int, start: int) -> Iterator[list[tuple]]:
+    """What Pairs is asked for by each forward of this rank after step start: lists of (row, step, sample)."""
+    for step in range(start + 1, args.max_train_steps + 1):
+        rows = step_rows(num_rows, args.global_batch(world_size), args.seed, step)
+        for micro in range(args.gradient_accumulation_steps):
+            part = batch_slice(micro, args, rank, world_size)
+            yield [(rows[i], step, i) for i in range(part.start, part.stop)]
 
 
 def take(draws: Draws, part: slice, device: torch.device) -> Draws:
@@ -149,73 +199,203 @@ def take(draws: Draws, part: slice, device: torch.device) -> Draws:
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(transformer: SD3Transformer2DModel, output_dir: Path, step: int) -> Path:
-    """Write output_dir/checkpoint-NNNNNN: beside, synced to disk, then renamed, so that it is whole or not there."""
-    path, staging = output_dir / f"checkpoint-{step:06d}", output_dir / f".checkpoint-{step:06d}"
-    transformer.save_pretrained(staging / "transformer")
-    for written in (*staging.rglob("*"), staging):
-        sync(written)
-    staging.rename(path)
-    sync(output_dir)
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, in order of steps."""
+    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(path: Path, transformer: SD3Transformer2DModel, optimizer: torch.optim.AdamW, state: dict) -> None:
+    """Write checkpoint-NNNNNN whole or not at all: beside, to the disk, trainer_state.json last, then renamed.
+
+    Raises OSError: it could not be written; nothing of it is left."""
+    staging, names = path.with_name(f".{path.name}"), [name for name, _ in transformer.named_parameters()]
+    moments = {f"{names[i]}.{key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
+    try:
+        transformer.save_pretrained(staging / "transformer")
+        save_file(moments, staging / "optimizer.safetensors")
+        for written in (*staging.rglob("*"), staging):
+            sync(written)
+        save_whole(json.dumps(state, indent=1) + "\n", staging / "trainer_state.json")
+        staging.rename(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        mend = "Earlier checkpoints are whole; make room, then give the same command again"
+        raise OSError(f"{path} could not be written: {error}. {mend}") from error
+
+
+def find_start(args: Args) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; reads names only.
+
+    Raises ValueError, FileNotFoundError: output_dir is in other use, or --resume_from_checkpoint is not complete."""
+    used, own = args.output_dir.is_dir() and any(args.output_dir.iterdir()), checkpoints(args.output_dir)
+    if used and args.resume_from_checkpoint == "none":
+        raise ValueError(f"--output_dir {args.output_dir} is not empty, and --resume_from_checkpoint is none")
+    if used and not (args.output_dir / "settings.json").is_file():
+        raise ValueError(f"--output_dir {args.output_dir} is not empty and holds no run: settings.json is not there")
+    if args.resume_from_checkpoint in ("latest", "none"):
+        return own[-1] if own else None
+    path = Path(args.resume_from_checkpoint)
+    for name in ("trainer_state.json", "optimizer.safetensors", "transformer/config.json"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"--resume_from_checkpoint {path} is missing or incomplete: it has no {name}")
+    later = [p.name for p in own if int(p.name[11:]) > json.loads((path / "trainer_state.json").read_text())["step"]]
+    if later:
+        raise ValueError(f"--output_dir {args.output_dir} holds {later[-1]}, later than {path}: give another one")
     return path
 
 
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def check_settings(settings: dict, path: Path) -> None:
+    """Raises ValueError: the run of this .json was made with other settings; names them, as they were and are."""
+    was, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    was = was.get("settings", was)
+    other = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in was | now if was.get(name) != now.get(name)]
+    if other:
+        mend = "Give these, or another --output_dir"
+        raise ValueError(f"{path.parent} was made with other settings: {'; '.join(other)}. {mend}")
+
+
+# --- What the user sees -----------------------------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "B200": 2250}  # bf16, dense, from the data sheets
+
+
+def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
+    """Add a term to a step's sums (5, 4) float64: errors and counts of the base, then of auxiliary points, each by
+    quarter of sigma; then (loss, gradient norm, steps, 0). A point that does not count has error 0."""
+    quarter, row = (4 * term.sigma).long().clamp(max=3), 2 * auxiliary
+    sums[row].index_add_(0, quarter, term.error.double())
+    sums[row + 1].index_add_(0, quarter, (term.error != 0).double())
+    sums[4, 0] += term.loss.detach()
+
+
+def means(sums: list[list[float]]) -> dict[str, float]:
+    """Metrics from sums over steps: the loss; mean errors, unweighted; the same by quarter of sigma, 1 the cleanest."""
+    *errors, (loss, grad_norm, steps, _) = sums
+    line = {"loss": loss / steps}
+    for name, error, count in (("base", *errors[:2]), ("aux", *errors[2:])):
+        if sum(count):
+            line[name] = sum(error) / sum(count)
+            line |= {f"{name}_sigma_{q}": e / n for q, (e, n) in enumerate(zip(error, count), 1) if n}
+    return line | {"grad_norm": grad_norm / steps}
+
+
+class Run:
+    """What rank 0 writes beside checkpoints: settings.json, metrics.jsonl cut off after step start, TensorBoard."""
+
+    def __init__(self, output_dir: Path, settings: dict, start: int):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_whole(json.dumps(settings, indent=1) + "\n", output_dir / "settings.json")
+        (output_dir / "final").unlink(missing_ok=True)
+        for path in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it saved or deleted
+            shutil.rmtree(path)
+        file = output_dir / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        save_whole("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start), file)
+        self.file = file.open("a", buffering=1)
+        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=start + 1)
+
+    def log(self, line: dict[str, float]) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        os.fsync(self.file.fileno())
+        for name, value in line.items():
+            self.writer.add_scalar(name, value, line["step"])
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """SIGTERM, SIGINT and SIGUSR1 do nothing within but to be listed."""
+    noted, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def encode_images(pipe: StableDiffusion3Pipeline, pixels: Tensor, noise: Tensor) -> Tensor:
-    """Latents z0 (B, C, h, w) float32, (x - shift_factor) * scaling_factor with x = mean + std * noise of the VAE."""
-    posterior, config = pipe.vae.encode(pixels).latent_dist, pipe.vae.config
-    return (posterior.mean + posterior.std * noise - config.shift_factor) * config.scaling_factor
+def validate(args: Args, pipe, transformer, uncond, rows: list[dict], step: int, cpu, run) -> None:
+    """An image per prompt, made in batches that the ranks share out, as a grid in output_dir and in TensorBoard."""
+    side, size = args.resolution // pipe.vae_scale_factor, args.train_batch_size
+    images = torch.zeros(len(rows), args.resolution, args.resolution, 3, dtype=torch.uint8)
+    transformer.eval()
+    for start in range(dist.get_rank() * size, len(rows), dist.get_world_size() * size):
+        part = range(start, min(start + size, len(rows)))
+        shape = (transformer.config.in_channels, side, side)
+        z1 = torch.stack([torch.randn(shape, generator=seeded(args.seed, "validation", i)) for i in part])
+        cond = encode_prompts(pipe, [rows[i]["prompt"] for i in part], args.max_sequence_length)
+        empty = {key: x[: len(part)] for key, x in uncond.items()}
+        with torch.autocast(pipe.vae.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            steps, w = args.num_sampling_steps, args.guidance_scale
+            made = sample_images(pipe, transformer, z1, cond, empty, steps, w)
+        images[part.start : part.stop] = torch.from_numpy(np.stack([np.asarray(image) for image in made]))
+    transformer.train()
+    dist.all_reduce(images, group=cpu)  # each is 0 on all ranks but the one that made it
+    if run is not None:
+        columns = max(c for c in range(1, 9) if len(rows) % c == 0)
+        grid = make_image_grid([Image.fromarray(x.numpy()) for x in images], len(rows) // columns, columns)
+        save_whole(grid, args.output_dir / f"validation-{step:06d}.png")
+        run.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
 
 
 def main(args: Args) -> None:
-    train(args)
+    with contextlib.ExitStack() as stack:
+        train(args, stack)
     # Only now, with train's frame gone and DDP with it. Were DDP to hold the last reference to the group, it would wait
     # for gloo's threads while it holds the interpreter's lock, and they for that lock (seen with torch 2.13).
     dist.destroy_process_group()
 
 
-def train(args: Args) -> None:
-    """All of a run, between checks of its settings and its last checkpoint."""
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty, expected a new one")
-    config = args.soar_config()
+def train(args: Args, stack: contextlib.ExitStack) -> None:
+    """A run from its checks to its last checkpoint, or to one that a signal asks for. stack: unwound after it."""
+    checkpoint = find_start(args)
+    prompts = read_prompts(args.validation_prompts) if args.validation_prompts else []
+    accumulation, output_dir = args.gradient_accumulation_steps, args.output_dir
     rank, world_size, device = init_distributed()
-    accumulation = args.gradient_accumulation_steps
-    global_batch = args.train_batch_size * accumulation * world_size
+    global_batch = args.global_batch(world_size)
+    cpu = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for what hosts agree on, and their long waits
 
-    pairs = Pairs(args) if rank == 0 else None  # rank 0 alone writes the data set's cache
-    dist.barrier()
-    pairs = pairs or Pairs(args)
+    pairs = Pairs(args) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None  # one process a node checks the rows
+    dist.barrier(group=cpu)
+    pairs = Pairs(args) if pairs is None else pairs
     if len(pairs) < global_batch:
         raise ValueError(f"--dataset {args.dataset} has {len(pairs)} pairs, a global batch takes {global_batch}")
-    loader = DataLoader(
-        pairs, batch_sampler=list(batch_rows(len(pairs), args, rank, world_size)),
-        num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    settings, state = args.settings(world_size, pairs.digest), {"step": 0, "sums": [[0.0] * 4] * 5}
+    if checkpoint:
+        check_settings(settings, checkpoint / "trainer_state.json")
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if (output_dir / "settings.json").is_file():
+        check_settings(settings, output_dir / "settings.json")
+    start = state["step"]
+    if start > args.max_train_steps:
+        raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is at step {start}")
 
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device)
     if pipe.scheduler.config.shift != args.shift:
         raise ValueError(f"--shift is {args.shift}, but the pipeline samples with shift {pipe.scheduler.config.shift}")
-    transformer = SD3Transformer2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="transformer")
+    source = checkpoint or args.pretrained_model_name_or_path
+    transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", use_safetensors=True)
     check_size(pipe, transformer, resolution=args.resolution)
     transformer.to(device).train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    ddp = DistributedDataParallel(transformer, broadcast_buffers=False)
-    optimizer = torch.optim.AdamW(transformer.parameters(), args.learning_rate, weight_decay=args.adam_weight_decay)
-    lr_schedule = get_scheduler(
+    ddp = DistributedDataParallel(transformer, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parameters = dict(transformer.named_parameters())
+    # Fused: the kernel that leaves weights and moments alone where found_inf is set, with no wait for the device.
+    decay = args.adam_weight_decay
+    optimizer = torch.optim.AdamW(parameters.values(), args.learning_rate, weight_decay=decay, fused=True)
+    lr_factor = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+    ).lr_lambdas[0]  # a function of the step: no state to save
+    if checkpoint:
+        tensors, keys = load_file(checkpoint / "optimizer.safetensors"), ("step", "exp_avg", "exp_avg_sq")
+        moments = {i: {key: tensors[f"{name}.{key}"] for key in keys} for i, name in enumerate(parameters)}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
     def velocity(z: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
@@ -224,55 +404,128 @@ def train(args: Args) -> None:
     side = args.resolution // pipe.vae_scale_factor
     latents_shape = (global_batch, transformer.config.in_channels, side, side)
     uncond = encode_prompts(pipe, [""] * args.train_batch_size, args.max_sequence_length)
-    num_terms = 1 + config.num_rollout_paths * config.num_aux_points if config.lambda_aux > 0 else 1
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    metrics = (args.output_dir / "metrics.jsonl").open("a", buffering=1) if rank == 0 else None
-    bar, batches = tqdm(total=args.max_train_steps, desc="steps", disable=rank > 0), iter(loader)
+    num_terms = 1 + args.num_rollout_paths * args.num_aux_points if args.lambda_aux > 0 else 1
+    rollout = num_terms > 1 and args.guidance_scale != 1
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        z = torch.zeros(latents_shape, device=device)[: args.train_batch_size]
+        velocity(z, torch.ones(len(z), device=device), uncond)
+    flops = counter.get_total_flops() * (3 * num_terms + rollout) * accumulation * world_size
+    size = sum(x.numel() for x in parameters.values())
+    frozen = sum(x.nbytes for m in pipe.components.values() if isinstance(m, torch.nn.Module) for x in m.parameters())
+    free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())).free
+    if rank == 0:
+        print(
+            f"model        {source}, {size / 1e6:,.1f} M parameters; forwards in {str(dtype)[6:]}",
+            f"pairs        {pairs.report}",
+            f"global batch {global_batch} = {world_size} processes x {accumulation} x {args.train_batch_size}",
+            f"steps        {args.max_train_steps}, {start} done; an epoch is {len(pairs) // global_batch}",
+            f"a step       {num_terms} forwards with backwards{' and 1 without' * rollout}, {flops / 1e12:.2f} TFLOP",
+            f"memory       {(16 * size + frozen) / 1e9:.2f} GB a device, and activations",
+            f"written to   {output_dir}, {12 * size / 1e9:.2f} GB a checkpoint; {free / 1e9:.2f} GB are free",
+            sep="\n", flush=True,
+        )  # fmt: skip
+    if free < 12 * size:
+        raise OSError(f"--output_dir {output_dir}: {free / 1e9:.2f} GB are free, fewer than a checkpoint takes")
+    if args.dry_run:
+        return
 
-    for step in range(1, args.max_train_steps + 1):
-        started, sums = time.perf_counter(), torch.zeros(3, device=device)
-        generator = seeded(args.seed, "step", step)  # every rank draws for the global batch, and takes its samples
-        draws, vae_noise = draw(latents_shape, config, generator), torch.randn(latents_shape, generator=generator)
-        normalizer = loss_normalizer(draws.t, config)
+    run = Run(output_dir, settings, start) if rank == 0 else None
+    dist.barrier(group=cpu)
+    if not (output_dir / "settings.json").is_file():
+        raise FileNotFoundError(f"--output_dir {output_dir} is not seen by rank {rank}: give one that all nodes see")
+    loader = DataLoader(
+        pairs, batch_sampler=batch_keys(len(pairs), args, rank, world_size, start),
+        num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    ram = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
+    peak_memory = torch.cuda.max_memory_allocated if device.type == "cuda" else ram
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+    bar = tqdm(total=args.max_train_steps, initial=start, desc="steps", disable=rank > 0)
+    noted = stack.enter_context(signals_noted())
+    batches, step, stop, mark, mark_step = iter(loader), start, False, time.perf_counter(), start
+    totals, bad = torch.tensor(state["sums"], dtype=torch.float64, device=device), torch.zeros((), device=device)
+
+    while not stop:
+        if prompts and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            validate(args, pipe, transformer, uncond, prompts, step, cpu, run)
+            mark, mark_step = time.perf_counter(), step
+        if step == args.max_train_steps:
+            break
+        step += 1
+        generator = seeded(args.seed, "step", step)  # every rank draws for the global batch, takes its samples
+        draws, vae_noise = draw(latents_shape, args, generator), torch.randn(latents_shape, generator=generator)
+        # DDP averages gradients over the ranks, where the loss is a sum: hence the division.
+        normalizer = loss_normalizer(draws.t, args).item() / world_size
+        sums = torch.zeros(5, 4, dtype=torch.float64, device=device)
         for micro in range(accumulation):
             part, (pixels, captions) = batch_slice(micro, args, rank, world_size), next(batches)
-            z0 = encode_images(pipe, pixels.to(device), vae_noise[part].to(device))
+            z0 = encode_images(pipe, pixels.to(device, non_blocking=True), vae_noise[part].to(device))
             cond = encode_prompts(pipe, captions, args.max_sequence_length)
-            # DDP averages gradients over the ranks, where the loss is a sum: hence normalizer / world_size.
-            terms = soar_terms(
-                velocity, z0, take(draws, part, device), cond, uncond, config, normalizer=normalizer.item() / world_size
-            )
+            terms = soar_terms(velocity, z0, take(draws, part, device), cond, uncond, args, normalizer=normalizer)
             for i in range(num_terms):
                 last = micro == accumulation - 1 and i == num_terms - 1
                 with contextlib.nullcontext() if last else ddp.no_sync():  # one all-reduce a step, in the last backward
                     term = next(terms)
                     term.loss.backward()
-                sums[0] += term.loss.detach() / world_size
-                sums[1 if i == 0 else 2] += term.error.sum()
-        grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                add_term(sums, term, auxiliary=i > 0)
+        dist.all_reduce(sums)
+        sums[4, 0] /= world_size
+        sums[4, 1] = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.max_grad_norm)
+        sums[4, 2] = 1
+        bad = torch.where((bad == 0) & ~sums.isfinite().all(), step, bad)  # the first step that was not finite
+        optimizer.found_inf = (bad > 0).float()  # from then on, no update: the last good weights stay
+        optimizer.param_groups[0]["lr"] = lr = args.learning_rate * lr_factor(step - 1)
         optimizer.step()
         optimizer.zero_grad()
+        totals += sums
+        bar.update()
 
-        dist.all_reduce(sums)
-        loss, base, aux = sums.tolist()
-        line = {"step": step, "loss": loss, "base": base / global_batch}
-        if num_terms > 1:
-            line["aux"] = aux * config.lambda_aux / (normalizer.item() - global_batch)
-        line |= {"grad_norm": grad_norm.item(), "lr": lr_schedule.get_last_lr()[0]}
-        line["images_per_second"] = global_batch / (time.perf_counter() - started)
-        lr_schedule.step()
-        if rank == 0:
-            metrics.write(json.dumps(line) + "\n")
-            bar.set_postfix({key: f"{value:.3g}" for key, value in line.items() if key != "step"})
-            bar.update()
-            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                path = save_checkpoint(transformer, args.output_dir, step)
+        host = torch.tensor([max(noted, default=0), peak_memory() / 1e9], dtype=torch.float64)
+        dist.all_reduce(host, dist.ReduceOp.MAX, group=cpu)
+        stop, log = bool(host[0]), step % args.logging_steps == 0
+        save = stop or step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        if (log or save) and bad:
+            first = int(bad)
+            sigma = sigma_from_t(draw(latents_shape, args, seeded(args.seed, "step", first)).t, args.shift)
+            rows = [pairs.numbers[i] for i in step_rows(len(pairs), global_batch, args.seed, first)]
+            raise FloatingPointError(
+                f"loss or gradient of step {first} is not finite; nothing was updated or saved from there on. "
+                f"Its sigma: {sigma.min():.4f} to {sigma.max():.4f}; its rows of {args.dataset}: {rows}"
+            )
+        if log:
+            rate = (step - mark_step) / (time.perf_counter() - mark)
+            line = {"step": step} | means(totals.tolist()) | {"lr": lr, "images_per_second": global_batch * rate}
+            line |= {"tflops_per_second": flops * rate / 1e12, "peak_memory_gb": host[1].item()}
+            line |= {"mfu": flops * rate / 1e12 / world_size / peak} if peak else {}
+            totals.zero_()
+            if rank == 0:
+                run.log(line)
+        if save:
+            path = output_dir / f"checkpoint-{step:06d}"
+            if rank == 0:
+                state = {"step": step, "settings": settings, "sums": totals.tolist()}
+                save_checkpoint(path, transformer, optimizer, state)
+                kept = args.checkpoints_total_limit or step
+                for old in checkpoints(output_dir)[:-kept]:
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # at once no checkpoint any more
+            dist.barrier(group=cpu)
+        if log or save:
+            mark, mark_step = time.perf_counter(), step
 
+    bar.close()
     if rank == 0:
-        (args.output_dir / "final").symlink_to(path.name)
-        bar.close()
-        print(f"{path}\nto see it: python sample.py --transformer {args.output_dir / 'final'} --prompts FILE")
+        run.writer.close()
+        if step < args.max_train_steps:
+            name = signal.Signals(int(host[0])).name
+            print(f"stopped by {name} after step {step}; the same command goes on from {path}", flush=True)
+            return
+        (output_dir / ".final").unlink(missing_ok=True)
+        (output_dir / ".final").symlink_to(f"checkpoint-{step:06d}")
+        (output_dir / ".final").rename(output_dir / "final")
+        print(f"{output_dir}/checkpoint-{step:06d} is complete; to see it:")
+        print(f"python sample.py --transformer {output_dir / 'final'} --prompts FILE --output_dir DIR", flush=True)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    record(main)(tyro.cli(Args, description=__doc__, use_underscores=True))
