@@ -201,7 +201,7 @@ def take(draws: Draws, part: slice, device: torch.device) -> Draws:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, in order of steps."""
-    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    found = [path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json")]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -501,6 +501,8 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
             totals.zero_()
             if rank == 0:
                 run.log(line)
+                shown = ("loss", "base", "aux", "grad_norm", "images_per_second")
+                bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
         if save:
             path = output_dir / f"checkpoint-{step:06d}"
             if rank == 0:

@@ -725,6 +725,9 @@ def test_lines_are_means_over_the_steps_since_the_last(tmp_path, runs):
 
 def test_end_of_a_run_names_the_checkpoint_and_the_command_that_shows_it(tmp_path, capsys):
     run(tmp_path / "run", max_train_steps=1)
-    said = capsys.readouterr().out.splitlines()[-2:]
+    captured = capsys.readouterr()
+    for name in ("1/1", "loss=", "base=", "aux=", "grad_norm=", "images_per_second="):
+        assert name in captured.err, name
+    said = captured.out.splitlines()[-2:]
     assert said[0] == f"{tmp_path}/run/checkpoint-000001 is complete; to see it:"
     assert said[1].startswith(f"python sample.py --transformer {tmp_path}/run/final --prompts FILE --output_dir")
