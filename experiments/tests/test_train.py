@@ -90,10 +90,12 @@ def test_twelve_steps_equal_five_and_four_and_three_bit_by_bit(tmp_path):
 def runs(tmp_path_factory):
     """The same five steps at global batch 4: 1 x 4; 1 x 2 x 2 accumulated; 3 steps of 2 x 2, gone on with 1 x 4."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "p.txt").write_text("a photo of a red circle\na photo of a blue square\na photo of two stars\n")
     flags = {"max_train_steps": 5, "checkpointing_steps": 3}
-    run(folder / "1x4", train_batch_size=4, **flags)
+    drawn = {"validation_prompts": folder / "p.txt", "validation_steps": 3}
+    run(folder / "1x4", train_batch_size=4, **flags, **drawn)
     run(folder / "1x2x2", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-    two = TRAIN | SHORT | {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
+    two = TRAIN | SHORT | drawn | {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
     done = launch(2, "train.py", output_dir=folder / "2x2", **two)
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(folder / "2x2", folder / "2x2, 1x4", symlinks=True)
@@ -116,8 +118,15 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes_or_the_accu
         assert max((weights[key] - reference[key]).abs().max() for key in weights) < 4e-5
 
 
+def test_validation_images_do_not_depend_on_the_number_of_processes(runs):
+    for name in ("validation-000000.png", "validation-000003.png"):
+        one, two = (np.asarray(Image.open(runs / split / name)).astype(int) for split in ("1x4", "2x2"))
+        assert one.shape == (64, 192, 3) and np.abs(one - two).max() <= 1
+        assert all(tile.std() > 5 for tile in np.split(one, 3, axis=1))  # each rank's tiles are there
+
+
 def test_checkpoints_are_whole_and_final_is_the_last(runs):
-    names = sorted(path.name for path in (runs / "1x4").iterdir())
+    names = sorted(path.name for path in (runs / "1x4").iterdir() if not path.name.startswith("validation"))
     checkpoints = ["checkpoint-000003", "checkpoint-000005"]
     assert names == [*checkpoints, "final", "metrics.jsonl", "settings.json", "tensorboard"]
     assert (runs / "1x4" / "final").resolve() == (runs / "1x4" / "checkpoint-000005").resolve()
@@ -428,10 +437,21 @@ def test_output_dir_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, "gradient"])
 def test_step_that_is_not_finite_updates_nothing_and_is_named_with_its_sigma_and_rows(tmp_path, monkeypatch, value):
     flags = {"train_batch_size": 4, "checkpointing_steps": 2, "logging_steps": 5, "max_train_steps": 20}
-    at_step(monkeypatch, 4, lambda z0: torch.where(torch.arange(4)[:, None, None, None] == 2, value, z0))
+    if value == "gradient":
+        clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+        def overflow(parameters, norm):
+            parameters = list(parameters)
+            calls.append(1)
+            parameters[7].grad.flatten()[0] *= math.inf if len(calls) == 4 else 1
+            return clip(parameters, norm)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    else:
+        at_step(monkeypatch, 4, lambda z0: torch.where(torch.arange(4)[:, None, None, None] == 2, value, z0))
     updates, original = [], torch.optim.AdamW.step
 
     def counting(optimizer):
