@@ -160,7 +160,7 @@ def draw(shape: tuple[int, ...], config: SoarConfig, generator: torch.Generator)
     z1 and t come first, so they do not depend on lambda, N or M: an SFT run sees the same ones."""
     rng = {"generator": generator, "device": generator.device, "dtype": torch.float32}
     z1 = torch.randn(*shape, **rng)
-    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(shape[0], **rng)).clamp(config.t_min, 1)
+    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(shape[0], **rng)).clamp(min=config.t_min)
     u = torch.rand(config.num_rollout_paths, config.num_aux_points, shape[0], **rng)
     path_noise = torch.randn(config.num_rollout_paths - 1, *shape, **rng)
     return Draws(z1, t, u, path_noise, None if config.shared_noise else torch.randn(len(u), *shape, **rng))

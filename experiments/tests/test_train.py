@@ -146,6 +146,18 @@ def test_checkpoints_are_whole_and_final_is_the_last(runs):
         assert all(moments[key] == state["step"] for key in moments if key.endswith(".step"))
 
 
+def test_checkpoint_is_on_the_disk_before_it_gets_its_name_and_its_state_comes_last(tmp_path, monkeypatch):
+    events, sync, save_whole = [], train.sync, train.save_whole
+    monkeypatch.setattr(train, "sync", lambda path: events.append(path) or sync(path))
+    monkeypatch.setattr(train, "save_whole", lambda x, path: events.append(path) or save_whole(x, path))
+    run(tmp_path / "run", max_train_steps=1)
+    staging = tmp_path / "run" / ".checkpoint-000001"
+    *synced, last, parent = events[-8:]
+    names = ("", "transformer", "transformer/config.json", WEIGHTS, "optimizer.safetensors")
+    assert set(synced[-5:]) == {staging / name for name in names} and synced[-1] == staging
+    assert last == staging / "trainer_state.json" and parent == tmp_path / "run"
+
+
 def test_only_the_newest_checkpoints_are_kept_where_a_limit_is_given(tmp_path, monkeypatch):
     seen, original = [], train.save_checkpoint
 
@@ -266,6 +278,21 @@ def test_every_pair_is_seen_once_an_epoch_and_ranks_share_none():
     assert late == [batches[15:] for batches in per_rank]
 
 
+def test_noise_of_latents_and_of_the_vae_is_a_function_of_seed_and_step(tmp_path, monkeypatch):
+    seen, draw, encode = [], train.draw, train.encode_images
+    monkeypatch.setattr(train, "draw", lambda *args: seen.append(draw(*args)) or seen[-1])
+    monkeypatch.setattr(train, "encode_images", lambda *args: seen.append(args[2]) or encode(*args))
+    run(tmp_path / "run", train_batch_size=2, max_train_steps=2)
+    run(tmp_path / "run", train_batch_size=2, max_train_steps=3)
+    assert len(seen) == 6
+    for step in (1, 2, 3):
+        generator = sd3.seeded(42, "step", step)
+        expected = draw((2, 16, 8, 8), SoarConfig(num_rollout_paths=2, num_aux_points=1), generator)
+        assert all(torch.equal(a, b) for a, b in zip(seen[2 * step - 2][:4], expected[:4], strict=True))
+        assert torch.equal(seen[2 * step - 1], torch.randn(2, 16, 8, 8, generator=generator))
+    assert len({x.numpy().tobytes() for draws, noise in zip(seen[::2], seen[1::2]) for x in (*draws[:4], noise)}) == 15
+
+
 def test_ranks_draw_different_noise_and_together_the_global_batchs():
     config = SoarConfig(num_rollout_paths=2, shared_noise=False)
     draws = train.draw((4, 3, 2, 2), config, sd3.seeded(1, "step", 1))
@@ -334,14 +361,14 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, bad, message):
 # --- Faults ---
 
 
-def at_step(monkeypatch, step: int, action) -> None:
+def at_step(monkeypatch, step: int, action, and_later: bool = False) -> None:
     """action(latents) -> latents when this step's images are encoded, one forward a step."""
     original, calls = train.encode_images, []
 
     def encode_images(*args):
         calls.append(1)
         z0 = original(*args)
-        return action(z0) if len(calls) == step else z0
+        return action(z0) if len(calls) == step or (and_later and len(calls) > step) else z0
 
     monkeypatch.setattr(train, "encode_images", encode_images)
 
@@ -451,7 +478,8 @@ def test_step_that_is_not_finite_updates_nothing_and_is_named_with_its_sigma_and
 
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     else:
-        at_step(monkeypatch, 4, lambda z0: torch.where(torch.arange(4)[:, None, None, None] == 2, value, z0))
+        one_of_four = torch.arange(4)[:, None, None, None] == 2
+        at_step(monkeypatch, 4, lambda z0: torch.where(one_of_four, value, z0), and_later=True)
     updates, original = [], torch.optim.AdamW.step
 
     def counting(optimizer):
