@@ -383,7 +383,7 @@ TRAINERS = {  # the block: the trainers it is run in
     "recipes.md: A model that predicts noise or clean data #2": [CleanData],
     "recipes.md: Known regions": [KnownRegion],
 }
-OTHERS = {"recipes.md: SOAR in other trainers", "recipes.md: The shift"}  # with tests of their own
+OTHERS = {"README.md: Evaluation", "recipes.md: SOAR in other trainers", "recipes.md: The shift"}  # with own tests
 CASES = [pytest.param(block, cls, id=f"{block}, {cls.__name__}") for block, x in TRAINERS.items() for cls in x]
 
 
@@ -860,6 +860,22 @@ def test_a_rank_needs_no_normalizer_when_there_is_one_path():
 
 
 # --- Shell blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_the_block_that_takes_a_checkpoint_into_diffusers_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer")
+    model.proj_out.bias.data += 0.5
+    model.save_pretrained("output/soar/final/transformer")
+    names = {"torch": torch, "SD3Transformer2DModel": SD3Transformer2DModel}
+    names["StableDiffusion3Pipeline"] = StableDiffusion3Pipeline
+    text = PYTHON["README.md: Evaluation"]
+    hub_id = "stabilityai/stable-diffusion-3.5-medium"
+    assert text.count(hub_id) == 1
+    exec(text.replace(hub_id, str(DATA / "model")), names)
+    assert names["image"].size == (64, 64) and np.asarray(names["image"]).std() > 5
+    saved = StableDiffusion3Pipeline.from_pretrained("output/soar/pipeline", dtype=torch.float32).transformer
+    assert torch.equal(saved.proj_out.bias, model.proj_out.bias.bfloat16().float())
 
 
 def test_readme_commands_have_flags_that_exist():
