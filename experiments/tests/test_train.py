@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from experiments import sd3
@@ -256,6 +257,73 @@ def test_training_step_runs_one_plus_one_plus_six_forwards_and_sft_one(tmp_path,
         assert line["loss"] == pytest.approx(line["base"]) and "aux" not in line
     else:
         assert line["loss"] == pytest.approx((line["base"] + 6 * line["aux"]) / 7)
+
+
+def test_sft_step_is_that_of_a_plain_loop_of_diffusers_and_torch(tmp_path):
+    # Gradients are clipped to less than Adam's epsilon, so that an update is in proportion to them.
+    flags = {"lambda_aux": 0.0, "train_batch_size": 2, "adam_weight_decay": 0.5, "max_grad_norm": 1e-6}
+    run(tmp_path / "run", max_train_steps=1, **(flags | {"learning_rate": 1e-3}))
+    pipe = StableDiffusion3Pipeline.from_pretrained(DATA / "model")
+    rows, vae, model = datasets.load_dataset(str(DATA / "train"), split="train"), pipe.vae, pipe.transformer
+    rows = [rows[i] for i in train.step_rows(2000, 2, 42, 1)]
+    pixels = torch.stack([torch.from_numpy(np.array(row["image"].convert("RGB"))) for row in rows]).permute(0, 3, 1, 2)
+    generator = sd3.seeded(42, "step", 1)
+    draws = train.draw((2, 16, 8, 8), SoarConfig(num_rollout_paths=2, num_aux_points=1), generator)
+    noise, sigma = torch.randn(2, 16, 8, 8, generator=generator), 3 * draws.t / (1 + 2 * draws.t)
+    with torch.no_grad():
+        posterior = vae.encode(pixels / 127.5 - 1).latent_dist
+        z0 = (posterior.mean + posterior.std * noise - vae.config.shift_factor) * vae.config.scaling_factor
+        embeds, _, pooled, _ = pipe.encode_prompt([row["text"] for row in rows], None, None, max_sequence_length=12)
+    s = sigma[:, None, None, None]
+    v = model((1 - s) * z0 + s * draws.z1, embeds, pooled, timestep=1000 * sigma).sample
+    loss = ((v - (draws.z1 - z0)) ** 2).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.5).step()
+    (line,) = lines(tmp_path / "run")
+    expected = (loss.item(), loss.item(), norm.item())
+    assert (line["loss"], line["base"], line["grad_norm"]) == pytest.approx(expected, rel=1e-5)
+    assert line["lr"] == 1e-3
+    base = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer").state_dict()
+    weights, moved = load_file(tmp_path / "run/final" / WEIGHTS), 0.0
+    for name, x in model.state_dict().items():
+        assert (weights[name] - x).abs().max() <= 2e-7 * max(1, x.abs().max()), name
+        moved = max(moved, (weights[name] - (1 - 5e-4 * name.endswith(("weight", "bias"))) * base[name]).abs().max())
+    assert moved > 1e-4  # by more than the decay
+
+
+def test_gradients_are_summed_over_ranks_once_a_step_in_its_last_backward(tmp_path, monkeypatch):
+    syncs, forward = [], DistributedDataParallel.forward
+
+    def recording(self, *args, **kwargs):
+        syncs.append(self.require_backward_grad_sync)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistributedDataParallel, "forward", recording)
+    run(tmp_path / "run", max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2)
+    step = [False] * 7 + [True]  # twice one base term, an unconditional forward and two auxiliary terms
+    assert syncs[-16:] == 2 * step and len(syncs) == 17  # the first counts operations
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_forwards_run_in_bf16_over_float32_weights_and_checkpointing_changes_no_bit(
+    tmp_path, monkeypatch, mixed_precision
+):
+    seen, forward = set(), SD3Transformer2DModel.forward
+
+    def recording(self, *args, **kwargs):
+        (made,) = forward(self, *args, **kwargs)
+        weights = {x.dtype for x in self.parameters()}
+        seen.add((self.gradient_checkpointing, made.dtype, *weights))
+        return (made,)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", recording)
+    for checkpointing in (False, True):
+        flags = {"gradient_checkpointing": checkpointing, "mixed_precision": mixed_precision}
+        run(tmp_path / str(checkpointing), max_train_steps=2, train_batch_size=2, **flags)
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    assert seen == {(checkpointing, dtype, torch.float32) for checkpointing in (False, True)}
+    assert lines(tmp_path / "False") == lines(tmp_path / "True")
 
 
 def test_every_pair_is_seen_once_an_epoch_and_ranks_share_none():
