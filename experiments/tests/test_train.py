@@ -767,8 +767,9 @@ def test_crops_flips_and_dropped_captions_are_functions_of_seed_step_and_sample(
     dropped = sum(moved[key][1] == "" for key in keys)
     assert 16 <= dropped <= 48 and {moved[key][1] for key in keys} == {"", "picture 0"}
     upright = check(folder, crop="random")
-    flipped = sum(not torch.equal(upright[key][0], moved[key][0]) for key in keys)
-    assert 16 <= flipped <= 48
+    flipped = [not torch.equal(upright[key][0], moved[key][0]) for key in keys]
+    assert 16 <= sum(flipped) <= 48
+    assert len({(flip, moved[key][1]) for flip, key in zip(flipped, keys)}) == 4  # one does not tell the other
     assert all(any(torch.equal(upright[key][0].flip(d), moved[key][0]) for d in (-1, ())) for key in keys)
     middle = Image.open(folder / "0.png").resize((64, 64), Image.Resampling.LANCZOS, box=(0, 16, 40, 56))
     expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
