@@ -106,7 +106,8 @@ def find_weights(given: str) -> tuple[Path | None, dict]:
     path = Path(given).resolve()
     for file in (path, path / "pytorch_lora_weights.safetensors"):
         if file.suffix == ".safetensors" and file.is_file():
-            return file, {}
+            state = file.parent / "trainer_state.json"
+            return file, json.loads(state.read_text()) if state.is_file() else {}
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         kinds = "base, a checkpoint of train.py, a diffusers transformer directory or a LoRA .safetensors file"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from experiments import sd3
+from experiments import sd3, trainable
 from experiments.pairs import Pairs, read_image
 from experiments.shapes import DATA
 from experiments.tests.common import MODEL, ROOT, finish, launch, start
@@ -267,7 +267,7 @@ def test_ranks_draw_different_noise_and_together_the_global_batchs():
 
 
 def test_every_flag_is_read():
-    trees = (ast.parse(inspect.getsource(code)) for code in (train, Pairs))
+    trees = (ast.parse(inspect.getsource(code)) for code in (train, trainable, Pairs))
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes if ast.unparse(node.value) in ("args", "self", "self.args")}
     names = {field.name for field in dataclasses.fields(train.Args)} - {f.name for f in dataclasses.fields(SoarConfig)}
