@@ -19,6 +19,12 @@ LORA = "pytorch_lora_weights.safetensors"
 LORA_MODULES = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 
 
+def add_lora(transformer: SD3Transformer2DModel, rank: int) -> None:
+    """Freeze all weights and put matrices A and B of this rank, alpha = rank, beside those of every attention."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_MODULES))
+
+
 def load_trainable(args, checkpoint: Path | None, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
     """The transformer of checkpoint, or else of the pipeline, on device; what requires gradients is float32: all of it,
     or with --lora_rank the matrices, B zero and A as peft draws it, from (seed, name), the rest then being in dtype."""
@@ -26,8 +32,7 @@ def load_trainable(args, checkpoint: Path | None, dtype: torch.dtype, device: to
     options = {"dtype": dtype if args.lora_rank else torch.float32, "use_safetensors": True}
     transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
     if args.lora_rank:
-        rank = {"r": args.lora_rank, "lora_alpha": args.lora_rank}
-        transformer.requires_grad_(False).add_adapter(LoraConfig(**rank, target_modules=LORA_MODULES))
+        add_lora(transformer, args.lora_rank)
         for name, parameter in trained(transformer).items():
             parameter.data = torch.zeros(parameter.shape)
             if "lora_A" in name:
@@ -67,7 +72,8 @@ def local(optimizer: torch.optim.Optimizer) -> torch.optim.AdamW:
 
 def moments(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     """AdamW's state as NAME.KEY: tensor, the same sharded or not. All ranks call it; only rank 0's result is whole."""
-    found = {f"{name}.{key}": x for name, p in parameters.items() for key, x in local(optimizer).state.get(p, {}).items()}
+    state = local(optimizer).state
+    found = {f"{name}.{key}": x for name, p in parameters.items() for key, x in state.get(p, {}).items()}
     if not isinstance(optimizer, ZeroRedundancyOptimizer):
         return found
     whole = {}
