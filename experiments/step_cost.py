@@ -67,7 +67,7 @@ from soar import (
 RESULTS = Path(__file__).parent / "results"
 SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64, "qk_norm": "rms_norm"}
 SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "sample_size": 128, "pos_embed_max_size": 384}
-WIDTHS = {"tiny": (2, 64, 1), "small": (8, 384, 0), "sd3.5-medium": (24, 1536, 13), "sd3.5-large": (38, 2432, 0)}
+WIDTHS = {"tiny": (2, 64, 1), "small": (8, 384, 2), "sd3.5-medium": (24, 1536, 13), "sd3.5-large": (38, 2432, 0)}
 SIDES = {"tiny": 8, "small": 32, "sd3.5-medium": 64, "sd3.5-large": 64}  # of latents, an eighth of the image's
 TOKENS = 154  # 77 of CLIP, 77 of T5
 
@@ -483,22 +483,26 @@ LINKS = {8: ("NVLink, 450 GB/s a GPU", 450e9), 64: ("8 nodes, each with 8 x 400 
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of all storages that operations within have made and that are still alive."""
+    """Counts the bytes of all storages that operations within have made, not been given, and that are still alive."""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.seen = 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.note((args, kwargs), given=True)
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.seen:
-                storage = x.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.note(result, given=False)
         return result
+
+    def note(self, tensors, given: bool) -> None:
+        for storage in (x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, Tensor)):
+            if storage._cdata not in self.seen:
+                size = 0 if given else storage.nbytes()
+                self.seen.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, size)
 
     def freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
@@ -506,9 +510,8 @@ class Allocated(TorchDispatchMode):
 
 
 def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: int | None) -> dict[str, int]:
-    """Bytes of weights, trained parameters' count, and the peak of what two terms, forward and backward, allocate:
-    gradients, bf16 copies of the weights, activations. Nothing is computed: the tensors are fake, on a fake CPU, in
-    autocast to bf16."""
+    """Bytes of weights, the count of trained parameters, and the peak in bytes of what two terms, forward and backward,
+    allocate: gradients, bf16 copies of the weights, activations. The tensors are fake, on a CPU in autocast to bf16."""
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**config(size)).train()
     if lora_rank:
@@ -531,7 +534,8 @@ def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: in
             for _ in range(2):
                 ((velocity(z, torch.rand(batch_size), cond).float() - z) ** 2).mean().backward()
         trained = sum(x.numel() for x in parameters if x.requires_grad)
-        return {"weights": sum(x.nbytes for x in parameters), "trained": trained, "peak": allocated.peak}
+        weights = sum(x.nbytes for x in (*parameters, *transformer.buffers()))
+        return {"weights": weights, "trained": trained, "peak": allocated.peak}
 
 
 def fit(args: Args, device: torch.device) -> dict:
@@ -550,7 +554,7 @@ def fit(args: Args, device: torch.device) -> dict:
         row |= {"gradients_bf16_weights_activations_gb": found["peak"] / 1e9, "encoders_vae_gb": frozen / 1e9}
         made.append(row)
         print(f"{gpu} GB, {row['flags']}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k.endswith("_gb")))
-    network, parameters = {}, round(made[0]["weights_gb"] * 1e9) // 4
+    parameters, network = peak_of_terms(size, 1, True, None)["trained"], {}
     for n, (link, bandwidth) in LINKS.items():
         sent = 2 * (n - 1) / n * 4 * parameters
         network[n] = {"link": link, "bytes_a_gpu": sent, "seconds": sent / bandwidth}
