@@ -60,7 +60,7 @@ from experiments.sd3 import (
     sync,
     to_device,
 )
-from experiments.trainable import LORA, load_trainable, local, make_optimizer, moments, trained
+from experiments.trainable import LORA, compile_blocks, load_trainable, local, make_optimizer, moments, trained
 from soar import Draws, SoarConfig, Term, Velocity, draw, loss_normalizer, sigma_from_t, soar_terms
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -465,8 +465,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     frozen = sum(x.nbytes for m in modules for x in m.parameters() if not x.requires_grad and x.device == device)
     memory = (8 + 8 / (world_size if args.shard_optimizer else 1) + 2 * (dtype == torch.bfloat16)) * size + frozen
     if args.compile:
-        for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
+        compile_blocks(transformer)
     free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())).free
     if rank == 0:
         print(

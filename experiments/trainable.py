@@ -43,6 +43,14 @@ def load_trainable(args, checkpoint: Path | None, dtype: torch.dtype, device: to
     return transformer.to(device).train()
 
 
+def compile_blocks(transformer: SD3Transformer2DModel) -> None:
+    """torch.compile each block, on first use: one graph for each kind of block, with gradients and without."""
+    # Or every graph would be cut at the borders of DDP's buckets, so that all-reduces start early: blocks do for that.
+    torch._dynamo.config.optimize_ddp = False
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=False)
+
+
 def trained(transformer: SD3Transformer2DModel) -> dict[str, torch.nn.Parameter]:
     """The parameters that require gradients, by name."""
     return {name: x for name, x in transformer.named_parameters() if x.requires_grad}

@@ -61,7 +61,7 @@ def test_published_schedule_holds_all_graphs_and_ours_one(device):
             take_step(bench, way)
         peaks[way] = allocated.peak
     assert peaks["SOAR"] < 1.2 * peaks["SFT"] and peaks["published"] > 5 * peaks["SFT"]
-    assert peaks["SOAR, checkpointing"] < peaks["SOAR"] < peaks["published, checkpointing"] < peaks["published"]
+    assert peaks["SOAR"] < peaks["published, checkpointing"] < peaks["published"]
 
 
 class Casts(TorchDispatchMode):
