@@ -453,11 +453,12 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     uncond = encode_prompts(pipe, [""] * args.train_batch_size, args.max_sequence_length)
     num_terms = 1 + args.num_rollout_paths * args.num_aux_points if args.lambda_aux > 0 else 1
     rollout = num_terms > 1 and args.guidance_scale != 1
-    with FlopCounterMode(display=False) as counter:
-        z = torch.zeros(latents_shape, device=device)[: args.train_batch_size]
-        v = velocity(z, torch.ones(len(z), device=device), uncond)
-    (0 * v.sum()).backward()  # now gradients are views of DDP's buckets
-    optimizer.zero_grad(set_to_none=False)
+    for _ in range(2):  # DDP settles its buckets in the second backward, and gradients become views of them
+        with FlopCounterMode(display=False) as counter:
+            z = torch.zeros(latents_shape, device=device)[: args.train_batch_size]
+            v = velocity(z, torch.ones(len(z), device=device), uncond)
+        (0 * v.sum()).backward()
+        optimizer.zero_grad(set_to_none=False)
     passes = 2 if args.lora_rank else 3  # of a term: weights that stay need no gradients of their own
     flops = counter.get_total_flops() * (passes * num_terms + rollout) * accumulation * world_size
     size = sum(x.numel() for x in parameters.values())

@@ -352,7 +352,7 @@ def table(args: Args, device: torch.device) -> dict:
     for way, row in rows.items():
         row |= {"seconds": statistics.median(seconds[way]), "all_seconds": seconds[way]}
         for name, other in (("ratio_to_sft", "SFT"), ("times_faster_than_published", "published, checkpointing")):
-            ratios = [a / b for a, b in zip(seconds[way], seconds[other])]
+            ratios = [a / b for a, b in zip(seconds[way], seconds.get(other, [math.nan]))]
             row[name] = statistics.median(ratios if other == "SFT" else [1 / x for x in ratios])
         row["tflops_per_second"] = row["forward_units"] * unit / row["seconds"] / 1e12
         row["share_of_matmul_rate"] = row["tflops_per_second"] * 1e12 / rate

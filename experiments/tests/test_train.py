@@ -306,7 +306,7 @@ def test_training_step_runs_one_plus_one_plus_six_forwards_and_sft_one(tmp_path,
             output_dir=tmp_path / "run", train_batch_size=2, max_train_steps=1, logging_steps=1, **TRAIN, **settings
         )
     )
-    assert calls == [True, *forwards]  # the first counts its operations
+    assert calls == [True, True, *forwards]  # the first two settle DDP's buckets
     (line,) = lines(tmp_path / "run")
     if settings:
         assert line["loss"] == pytest.approx(line["base"]) and "aux" not in line
@@ -375,7 +375,22 @@ def test_one_graph_is_alive_at_a_time_in_a_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", forward)
     run(tmp_path / "run", max_train_steps=2, train_batch_size=2, gradient_accumulation_steps=2)
-    assert len(Graph.alive) == 1 + 2 * 2 * 3 and set(alive) == {0}
+    assert len(Graph.alive) == 2 + 2 * 2 * 3 and set(alive) == {0}
+
+
+def test_gradients_are_views_of_ddps_buckets_from_the_first_step_on(tmp_path, monkeypatch):
+    original, places = train.add_gradients, []
+
+    def add_gradients(terms, num_terms, ddp, *rest, **options):
+        pointers = lambda: [x.grad.data_ptr() for x in ddp.parameters()]  # noqa: E731
+        assert all(not x.grad.any() for x in ddp.parameters())
+        places.append(pointers())
+        original(terms, num_terms, ddp, *rest, **options)
+        places.append(pointers())
+
+    monkeypatch.setattr(train, "add_gradients", add_gradients)
+    run(tmp_path / "run", max_train_steps=2, train_batch_size=2)
+    assert len(places) == 4 and all(x == places[0] for x in places)
 
 
 def test_every_pair_is_seen_once_an_epoch_and_ranks_share_none():
