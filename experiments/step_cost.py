@@ -439,7 +439,8 @@ def growth(args: Args, device: torch.device) -> dict:
     for name, changed in points.items():
         for point in changed:
             bench = Bench(point, device)
-            seconds = [timed(bench, partial(take_step, bench, "SOAR"))[0] for _ in range(1 + args.repeats)][1:]
+            take_step(bench, "SFT")  # warms up
+            seconds = [timed(bench, partial(take_step, bench, "SOAR"))[0] for _ in range(args.repeats)]
             units = 3 * point.num_aux_points + 4 if point.num_aux_points else 3
             row = {"seconds": statistics.median(seconds), "all_seconds": seconds}
             row["tflop"] = units * forward_flops(bench) / 1e12
