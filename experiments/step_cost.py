@@ -39,7 +39,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -476,7 +476,9 @@ def draw_growth(made: dict[str, dict], args: Args) -> None:
 # --- What fits, and what the network takes, computed ------------------------------------------------------------------
 
 FROZEN = {"T5-XXL": 4_762_310_656, "CLIP-L": 123_650_304, "CLIP-G": 694_659_840}  # parameters, in bf16
-VAE = 83_819_683  # parameters, in float32
+VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "layers_per_block": 2}  # in float32
+VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
 LINKS = {8: ("NVLink, 450 GB/s a GPU", 450e9), 64: ("8 nodes, each with 8 x 400 Gb/s", 400e9)}  # bytes/s, data sheets
 
 
@@ -536,20 +538,31 @@ def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: in
         return {"weights": weights, "trained": trained, "peak": allocated.peak}
 
 
+def peak_of_vae(batch_size: int, side: int) -> dict[str, int]:
+    """Bytes of the VAE's weights, and the peak of what it allocates to encode images in float32."""
+    with FakeTensorMode(), torch.no_grad():
+        vae = AutoencoderKL(**VAE)
+        with Allocated() as allocated:
+            vae.encode(torch.randn(batch_size, 3, 8 * side, 8 * side))
+        return {"weights": sum(x.nbytes for x in vae.parameters()), "peak": allocated.peak}
+
+
 def fit(args: Args, device: torch.device) -> dict:
     """The ladder of what fits where, and the all-reduce on paper: computed, none of it measured."""
     size, made = "sd3.5-medium", []
+    vae = peak_of_vae(args.batch_size, SIDES[size])
     ladder = [(80, False, False, None, False), (80, True, False, None, False), (48, True, True, None, False)]
     ladder += [(24, True, False, 16, False), (24, True, False, 16, True)]
     for gpu, checkpointing, sharded, rank, on_cpu in ladder:
         found, ranks = peak_of_terms(size, args.batch_size, checkpointing, rank), 8 if sharded else 1
-        frozen = 4 * VAE + (0 if on_cpu else 2 * sum(FROZEN.values()))
-        total = found["weights"] + found["peak"] + 8 * found["trained"] / ranks + frozen
+        frozen = vae["weights"] + (0 if on_cpu else 2 * sum(FROZEN.values()))
+        peak = max(found["peak"], 4 * found["trained"] + vae["peak"])  # images are encoded while gradients are there
+        total = found["weights"] + peak + 8 * found["trained"] / ranks + frozen
         flags = ["--gradient_checkpointing"] * checkpointing + ["--shard_optimizer (8 ranks)"] * sharded
         flags += [f"--lora_rank {rank}"] * bool(rank) + ["--text_encoder_device cpu"] * on_cpu
         row = {"gpu_gb": gpu, "flags": " ".join(flags) or "as is", "total_gb": total / 1e9}
         row |= {"weights_gb": found["weights"] / 1e9, "moments_gb": 8 * found["trained"] / ranks / 1e9}
-        row |= {"gradients_bf16_weights_activations_gb": found["peak"] / 1e9, "encoders_vae_gb": frozen / 1e9}
+        row |= {"gradients_bf16_weights_activations_gb": peak / 1e9, "encoders_vae_gb": frozen / 1e9}
         made.append(row)
         print(f"{gpu} GB, {row['flags']}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k.endswith("_gb")))
     parameters, network = peak_of_terms(size, 1, True, None)["trained"], {}

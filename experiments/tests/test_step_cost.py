@@ -106,6 +106,8 @@ def test_fit_counts_gradients_casts_and_activations():
     flags = ((False, None), (True, None), (True, 4))
     whole, checkpointed, lora = (step_cost.peak_of_terms("tiny", 2, *x) for x in flags)
     assert whole["weights"] > 4 * whole["trained"] > 50 * lora["trained"] and lora["weights"] < whole["weights"]
+    vae = step_cost.peak_of_vae(1, 8)
+    assert vae["weights"] == 4 * 83_819_683 and vae["peak"] > 3 * 4 * 128 * 64 * 64
     assert 6 * whole["trained"] < checkpointed["peak"] < whole["peak"] and lora["peak"] < checkpointed["peak"] / 3
 
 
