@@ -114,6 +114,8 @@ def config(size: str) -> dict:
     layers, width, dual = WIDTHS[size]
     own = {"num_layers": layers, "num_attention_heads": width // 64, "caption_projection_dim": width}
     own |= {"pos_embed_max_size": 192} if size == "sd3.5-large" else {}
+    if size == "tiny":
+        own |= {"joint_attention_dim": 64, "pooled_projection_dim": 64, "sample_size": 16, "pos_embed_max_size": 16}
     return SD3 | own | {"dual_attention_layers": tuple(range(dual))}
 
 
@@ -135,8 +137,8 @@ class Bench:
         self.velocity = train.make_velocity(self.ddp, device, args.bf16)
         self.optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=0.0, fused=True)
         like = {"generator": fixed, "dtype": torch.float32}
-        shapes = {"encoder_hidden_states": (b, TOKENS, SD3["joint_attention_dim"])}
-        shapes |= {"pooled_projections": (b, SD3["pooled_projection_dim"])}
+        shapes = {"encoder_hidden_states": (b, TOKENS, self.transformer.config.joint_attention_dim)}
+        shapes |= {"pooled_projections": (b, self.transformer.config.pooled_projection_dim)}
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.cond, self.uncond = (
             {key: torch.randn(shape, **like).to(device, dtype) for key, shape in shapes.items()} for _ in range(2)
@@ -254,7 +256,8 @@ def forward_flops(bench: Bench) -> int:
 
 def matmul_rate(bench: Bench) -> float:
     """FLOP/s of a large matrix product, the best of four."""
-    n, dtype = 8192 if bench.device.type == "cuda" else 2048, torch.bfloat16 if bench.args.bf16 else torch.float32
+    n = 8192 if bench.device.type == "cuda" else 256 if bench.args.size == "tiny" else 2048
+    dtype = torch.bfloat16 if bench.args.bf16 else torch.float32
     a, b = (torch.ones(n, n, device=bench.device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(timed(bench, lambda: a @ b)[0] for _ in range(4))
 
@@ -528,8 +531,9 @@ def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: in
         parameters = list(transformer.parameters())
         velocity = train.make_velocity(transformer, torch.device("cpu"), True)
         z = torch.randn(batch_size, 16, SIDES[size], SIDES[size])
-        cond = {"encoder_hidden_states": torch.randn(batch_size, TOKENS, 4096, dtype=torch.bfloat16)}
-        cond |= {"pooled_projections": torch.randn(batch_size, 2048, dtype=torch.bfloat16)}
+        shapes = (TOKENS, transformer.config.joint_attention_dim), (transformer.config.pooled_projection_dim,)
+        names = ("encoder_hidden_states", "pooled_projections")
+        cond = {name: torch.randn(batch_size, *x, dtype=torch.bfloat16) for name, x in zip(names, shapes)}
         with Allocated() as allocated, torch.autocast("cpu", enabled=False):
             for _ in range(2):
                 ((velocity(z, torch.rand(batch_size), cond).float() - z) ** 2).mean().backward()

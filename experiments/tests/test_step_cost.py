@@ -32,16 +32,16 @@ def alone(monkeypatch):
 
 
 def test_table_compares_ways_and_counts_forward_units(tmp_path, alone, capsys):
-    step_cost.main(Args(size="tiny", repeats=2, compiled=False, num_aux_points=2, output_dir=tmp_path))
+    step_cost.main(Args(size="tiny", repeats=1, compiled=False, num_aux_points=1, output_dir=tmp_path))
     written = json.loads((tmp_path / "step_cost_table_tiny_cpu.json").read_text())
     assert {"date", "device", "versions", "command", "args"} <= written.keys()
     rows = written["table"]["ways"]
     assert list(rows) == EAGER == [x[0] for x in alone]
     units = {way: row["forward_units"] for way, row in rows.items()}
-    assert units["SOAR"] == pytest.approx(3 * units["SFT"] + 1)
+    assert units["SOAR"] == pytest.approx(2 * units["SFT"] + 1)
     assert units["published"] == pytest.approx(units["SOAR"] + 1)
-    assert 2 < units["SFT"] <= 3 and 0 < units["published, checkpointing"] - units["published"] < 3
-    assert all(row["memory_gb"] == 8 and len(row["all_seconds"]) == 2 for row in rows.values())
+    assert 2 < units["SFT"] < 3.5 and 0 < units["published, checkpointing"] - units["published"] < 3
+    assert all(row["memory_gb"] == 8 and len(row["all_seconds"]) == 1 for row in rows.values())
     assert "| SOAR | " in capsys.readouterr().out
 
 
@@ -108,7 +108,8 @@ def test_fit_counts_gradients_casts_and_activations():
     assert whole["weights"] > 4 * whole["trained"] > 50 * lora["trained"] and lora["weights"] < whole["weights"]
     vae = step_cost.peak_of_vae(1, 8)
     assert vae["weights"] == 4 * 83_819_683 and vae["peak"] > 3 * 4 * 128 * 64 * 64
-    assert 6 * whole["trained"] < checkpointed["peak"] < whole["peak"] and lora["peak"] < checkpointed["peak"] / 3
+    assert 6 * whole["trained"] < checkpointed["peak"] < whole["peak"]
+    assert lora["peak"] < checkpointed["peak"] - 4 * (whole["trained"] - lora["trained"]) + 2 * whole["trained"]
 
 
 def test_growth_options_and_one_run_and_write(tmp_path, alone):
