@@ -104,15 +104,13 @@ def find_weights(given: str) -> tuple[Path | None, dict]:
     if given == "base":
         return None, {}
     path = Path(given).resolve()
-    for file in (path, path / "pytorch_lora_weights.safetensors"):
-        if file.suffix == ".safetensors" and file.is_file():
-            return file, {}
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if not (folder / "config.json").is_file():
+    files = [x for x in (path, path / "pytorch_lora_weights.safetensors") if x.suffix == ".safetensors" and x.is_file()]
+    weights = files[0] if files else path / "transformer" if (path / "transformer").is_dir() else path
+    if not files and not (weights / "config.json").is_file():
         kinds = "base, a checkpoint of train.py, a diffusers transformer directory or a LoRA .safetensors file"
-        raise FileNotFoundError(f"--transformer {given} is none of {kinds}: there is no {folder / 'config.json'}")
-    state = folder.parent / "trainer_state.json"
-    return folder, json.loads(state.read_text()) if state.is_file() else {}
+        raise FileNotFoundError(f"--transformer {given} is none of {kinds}: there is no {weights / 'config.json'}")
+    state = weights.parent / "trainer_state.json"
+    return weights, json.loads(state.read_text()) if state.is_file() else {}
 
 
 def check_folder(folder: Path, protocol: dict) -> None:

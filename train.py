@@ -7,9 +7,10 @@
 are the published run: 8 GPUs x 4 images, 5,000 steps. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1,
 goes on from its last checkpoint when the same command is given again.
 
-Written to output_dir: checkpoint-NNNNNN/{transformer/, optimizer.safetensors, trainer_state.json}; final, a link to the
-last; metrics.jsonl and tensorboard/; validation-NNNNNN.png. Every random number is a function of (seed, step, sample):
-the number of GPUs changes only the order of sums.
+Written to output_dir: checkpoint-NNNNNN/{transformer/, optimizer.safetensors, trainer_state.json}, with --lora_rank
+pytorch_lora_weights.safetensors in place of transformer/; final, a link to the last; metrics.jsonl and tensorboard/;
+validation-NNNNNN.png. Every random number is a function of (seed, step, sample): the number of GPUs changes only the
+order of sums.
 """
 
 import contextlib
@@ -30,15 +31,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -56,8 +57,19 @@ from experiments.sd3 import (
     save_whole,
     seeded,
     sync,
+    to_device,
 )
-from soar import Draws, SoarConfig, Term, draw, loss_normalizer, sigma_from_t, soar_terms
+from experiments.trainable import (
+    LORA,
+    compile_blocks,
+    load_trainable,
+    local,
+    make_ddp,
+    make_optimizer,
+    moments,
+    trained,
+)
+from soar import Draws, SoarConfig, Term, Velocity, draw, loss_normalizer, sigma_from_t, soar_terms
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -106,6 +118,15 @@ class Args(SoarConfig):
     mixed_precision: str = "bf16"
     """bf16 or no: what forwards run in. Weights, optimizer, states, targets, losses and the VAE are float32."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time, the same bits."""
+    lora_rank: int | None = None
+    """Train matrices of this rank beside the attention's, alpha = rank; the weights stay, in --mixed_precision."""
+    shard_optimizer: bool = False
+    """AdamW's moments in equal shares on all ranks (ZeRO stage 1): 8 bytes a parameter less memory, the same bits."""
+    compile: bool = False
+    """torch.compile the transformer's blocks: a slow first step, faster others."""
+    text_encoder_device: Literal["cpu"] | None = None
+    """cpu: leave the text encoders there, which is slow; by default they are on the GPU."""
     max_sequence_length: int = 77
     """T5 tokens a caption is padded or cut to."""
     seed: int = 42
@@ -130,7 +151,8 @@ class Args(SoarConfig):
         for name, value in vars(self).items():
             if name in zero and value < 0:
                 raise ValueError(f"--{name} is {value}, expected at least 0")
-            positive = name.endswith(("_steps", "_size", "_limit", "_norm", "_length", "resolution", "learning_rate"))
+            kinds = ("_steps", "_size", "_limit", "_norm", "_length", "_rank", "resolution", "learning_rate")
+            positive = name.endswith(kinds)
             if positive and name not in zero and value is not None and not value > 0:
                 raise ValueError(f"--{name} is {value}, expected more than 0")
         if not 0 <= self.cond_dropout_rate <= 1:
@@ -160,6 +182,7 @@ class Args(SoarConfig):
         free = "dataset dataset_split image_column caption_column min on_bad_row output_dir train_batch_size dry_run"
         free += " gradient_accumulation_steps gradient_checkpointing dataloader_num_workers resume_from_checkpoint"
         free += " checkpointing_steps checkpoints_total_limit logging_steps validation_prompts validation_steps"
+        free += " shard_optimizer compile text_encoder_device"  # which change rounding at most
         free += " max_train_steps" * self.lr_scheduler.startswith("constant")
         values = {name: str(x) if x == math.inf else x for name, x in vars(self).items() if name not in free.split()}
         return values | {"global_batch": self.global_batch(world_size), "data": data}
@@ -192,8 +215,9 @@ def batch_keys(num_rows: int, args: Args, rank: int, world_size: int, start: int
 
 def take(draws: Draws, part: slice, device: torch.device) -> Draws:
     """The draws of some samples of the global batch, on device."""
-    per_path = (None if x is None else x[:, part].to(device) for x in (draws.path_noise, draws.path_z1))
-    return Draws(draws.z1[part].to(device), draws.t[part].to(device), draws.u[:, :, part].to(device), *per_path)
+    parts = draws.z1[part], draws.t[part], draws.u[:, :, part], draws.path_noise[:, part]
+    path_z1 = None if draws.path_z1 is None else to_device(draws.path_z1[:, part], device)
+    return Draws(*(to_device(x, device) for x in parts), path_z1)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -205,14 +229,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(path: Path, transformer: SD3Transformer2DModel, optimizer: torch.optim.AdamW, state: dict) -> None:
+def save_checkpoint(path: Path, transformer: SD3Transformer2DModel, moments: dict[str, Tensor], state: dict) -> None:
     """Write checkpoint-NNNNNN whole or not at all: beside, to the disk, trainer_state.json last, then renamed.
 
     Raises OSError: it could not be written; nothing of it is left."""
-    staging, names = path.with_name(f".{path.name}"), [name for name, _ in transformer.named_parameters()]
-    moments = {f"{names[i]}.{key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
+    staging = path.with_name(f".{path.name}")
     try:
-        transformer.save_pretrained(staging / "transformer")
+        if state["settings"]["lora_rank"]:
+            StableDiffusion3Pipeline.save_lora_weights(staging, get_peft_model_state_dict(transformer))
+        else:
+            transformer.save_pretrained(staging / "transformer")
         save_file(moments, staging / "optimizer.safetensors")
         for written in (*staging.rglob("*"), staging):
             sync(written)
@@ -237,7 +263,8 @@ def find_start(args: Args) -> Path | None:
     if args.resume_from_checkpoint in ("latest", "none"):
         return own[-1] if own else None
     path = Path(args.resume_from_checkpoint)
-    for name in ("trainer_state.json", "optimizer.safetensors", "transformer/config.json"):
+    weights = LORA if args.lora_rank else "transformer/config.json"
+    for name in ("trainer_state.json", "optimizer.safetensors", weights):
         if not (path / name).is_file():
             raise FileNotFoundError(f"--resume_from_checkpoint {path} is missing or incomplete: it has no {name}")
     later = [p.name for p in own if int(p.name[11:]) > json.loads((path / "trainer_state.json").read_text())["step"]]
@@ -318,6 +345,44 @@ def signals_noted() -> Iterator[list[int]]:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def make_velocity(ddp: torch.nn.Module, device: torch.device, bf16: bool) -> Velocity:
+    """The model as soar_terms calls it."""
+
+    def velocity(z: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return ddp(z, timestep=1000 * sigma, return_dict=False, **cond)[0]
+
+    return velocity
+
+
+def add_gradients(terms: Iterator[Term], num_terms: int, ddp: torch.nn.Module, sums: Tensor, last: bool) -> None:
+    """Add the terms' gradients, one graph alive at a time, and their errors to sums, as add_term does.
+    last: no micro-batch of the step follows, so gradients are averaged over the ranks, once, in the last backward."""
+    # With a context around velocity's own, the bf16 copies of the weights are made once, in the base term: all terms
+    # use them, and their backward passes go through the same cast. Off, so that backward passes run as ever.
+    with torch.autocast(sums.device.type, enabled=False):
+        for i in range(num_terms):
+            with contextlib.nullcontext() if last and i == num_terms - 1 else ddp.no_sync():
+                term = next(terms)
+                term.loss.backward()
+            add_term(sums, term, auxiliary=i > 0)
+            del term
+
+
+def update(optimizer, max_grad_norm: float, sums: Tensor, bad: Tensor, step: int) -> Tensor:
+    """Clip gradients and update, on all ranks alike, unless this step or one before was not finite; complete sums.
+    Returns the first step that was not finite, 0 if none. bad: what it returned last. Never waits for the device."""
+    dist.all_reduce(sums)
+    sums[4, 0] /= dist.get_world_size()
+    sums[4, 1] = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    sums[4, 2] = 1
+    bad = torch.where((bad == 0) & ~sums.isfinite().all(), step, bad)
+    local(optimizer).found_inf = (bad > 0).float()  # from then on, no update: the last good weights stay
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)  # they stay views of DDP's buckets: no second copy while terms add up
+    return bad
+
+
 def validate(args: Args, pipe, transformer, uncond, rows: list[dict], step: int, cpu, run) -> None:
     """An image per prompt, made in batches that the ranks share out, as a grid in output_dir and in TensorBoard."""
     side, size = args.resolution // pipe.vae_scale_factor, args.train_batch_size
@@ -329,7 +394,8 @@ def validate(args: Args, pipe, transformer, uncond, rows: list[dict], step: int,
         z1 = torch.stack([torch.randn(shape, generator=seeded(args.seed, "validation", i)) for i in part])
         cond = encode_prompts(pipe, [rows[i]["prompt"] for i in part], args.max_sequence_length)
         empty = {key: x[: len(part)] for key, x in uncond.items()}
-        with torch.autocast(pipe.vae.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+        autocast = torch.autocast(pipe.vae.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+        with autocast, torch.compiler.set_stance("force_eager"):  # compiled, it would take graphs for shapes of its own
             steps, w = args.num_sampling_steps, args.guidance_scale
             made = sample_images(pipe, transformer, z1, cond, empty, steps, w)
         images[part.start : part.stop] = torch.from_numpy(np.stack([np.asarray(image) for image in made]))
@@ -375,52 +441,50 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is at step {start}")
 
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device)
+    encoders = torch.device(args.text_encoder_device or device)
+    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device, encoders)
     if pipe.scheduler.config.shift != args.shift:
         raise ValueError(f"--shift is {args.shift}, but the pipeline samples with shift {pipe.scheduler.config.shift}")
-    source = checkpoint or args.pretrained_model_name_or_path
-    transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", use_safetensors=True)
+    transformer = load_trainable(args, checkpoint, dtype, device)
     check_size(pipe, transformer, resolution=args.resolution)
-    transformer.to(device).train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    ddp = DistributedDataParallel(transformer, broadcast_buffers=False, gradient_as_bucket_view=True)
-    parameters = dict(transformer.named_parameters())
-    # Fused: the kernel that leaves weights and moments alone where found_inf is set, with no wait for the device.
-    decay = args.adam_weight_decay
-    optimizer = torch.optim.AdamW(parameters.values(), args.learning_rate, weight_decay=decay, fused=True)
+    ddp = make_ddp(transformer)
+    parameters, velocity = trained(transformer), make_velocity(ddp, device, dtype == torch.bfloat16)
+    optimizer = make_optimizer(args, parameters, checkpoint)
     lr_factor = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     ).lr_lambdas[0]  # a function of the step: no state to save
-    if checkpoint:
-        tensors, keys = load_file(checkpoint / "optimizer.safetensors"), ("step", "exp_avg", "exp_avg_sq")
-        moments = {i: {key: tensors[f"{name}.{key}"] for key in keys} for i, name in enumerate(parameters)}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-
-    def velocity(z: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            return ddp(z, timestep=1000 * sigma, return_dict=False, **cond)[0]
 
     side = args.resolution // pipe.vae_scale_factor
     latents_shape = (global_batch, transformer.config.in_channels, side, side)
     uncond = encode_prompts(pipe, [""] * args.train_batch_size, args.max_sequence_length)
     num_terms = 1 + args.num_rollout_paths * args.num_aux_points if args.lambda_aux > 0 else 1
     rollout = num_terms > 1 and args.guidance_scale != 1
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        z = torch.zeros(latents_shape, device=device)[: args.train_batch_size]
-        velocity(z, torch.ones(len(z), device=device), uncond)
-    flops = counter.get_total_flops() * (3 * num_terms + rollout) * accumulation * world_size
+    for _ in range(2):  # DDP settles its buckets in the second backward, and gradients become views of them
+        with FlopCounterMode(display=False) as counter:
+            z = torch.zeros(latents_shape, device=device)[: args.train_batch_size]
+            v = velocity(z, torch.ones(len(z), device=device), uncond)
+        (0 * v.sum()).backward()
+        optimizer.zero_grad(set_to_none=False)
+    passes = 2 if args.lora_rank else 3  # of a term: weights that stay need no gradients of their own
+    flops = counter.get_total_flops() * (passes * num_terms + rollout) * accumulation * world_size
     size = sum(x.numel() for x in parameters.values())
-    frozen = sum(x.nbytes for m in pipe.components.values() if isinstance(m, torch.nn.Module) for x in m.parameters())
+    modules = [transformer, *(x for x in pipe.components.values() if isinstance(x, torch.nn.Module))]
+    frozen = sum(x.nbytes for m in modules for x in m.parameters() if not x.requires_grad and x.device == device)
+    memory = (8 + 8 / (world_size if args.shard_optimizer else 1) + 2 * (dtype == torch.bfloat16)) * size + frozen
+    if args.compile:
+        compile_blocks(transformer)
     free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())).free
     if rank == 0:
         print(
-            f"model        {source}, {size / 1e6:,.1f} M parameters; forwards in {str(dtype)[6:]}",
+            f"model        {checkpoint or args.pretrained_model_name_or_path}",
+            f"trained      {size / 1e6:,.1f} M parameters; forwards in {str(dtype)[6:]}",
             f"pairs        {pairs.report}",
             f"global batch {global_batch} = {world_size} processes x {accumulation} x {args.train_batch_size}",
             f"steps        {args.max_train_steps}, {start} done; an epoch is {len(pairs) // global_batch}",
             f"a step       {num_terms} forwards with backwards{' and 1 without' * rollout}, {flops / 1e12:.2f} TFLOP",
-            f"memory       {(16 * size + frozen) / 1e9:.2f} GB a device, and activations",
+            f"memory       {memory / 1e9:.2f} GB a device, and activations",
             f"written to   {output_dir}, {12 * size / 1e9:.2f} GB a checkpoint; {free / 1e9:.2f} GB are free",
             sep="\n", flush=True,
         )  # fmt: skip
@@ -460,24 +524,12 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         sums = torch.zeros(5, 4, dtype=torch.float64, device=device)
         for micro in range(accumulation):
             part, (pixels, captions) = batch_slice(micro, args, rank, world_size), next(batches)
-            z0 = encode_images(pipe, pixels.to(device, non_blocking=True), vae_noise[part].to(device))
+            z0 = encode_images(pipe, to_device(pixels, device), to_device(vae_noise[part], device))
             cond = encode_prompts(pipe, captions, args.max_sequence_length)
             terms = soar_terms(velocity, z0, take(draws, part, device), cond, uncond, args, normalizer=normalizer)
-            for i in range(num_terms):
-                last = micro == accumulation - 1 and i == num_terms - 1
-                with contextlib.nullcontext() if last else ddp.no_sync():  # one all-reduce a step, in the last backward
-                    term = next(terms)
-                    term.loss.backward()
-                add_term(sums, term, auxiliary=i > 0)
-        dist.all_reduce(sums)
-        sums[4, 0] /= world_size
-        sums[4, 1] = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.max_grad_norm)
-        sums[4, 2] = 1
-        bad = torch.where((bad == 0) & ~sums.isfinite().all(), step, bad)  # the first step that was not finite
-        optimizer.found_inf = (bad > 0).float()  # from then on, no update: the last good weights stay
+            add_gradients(terms, num_terms, ddp, sums, last=micro == accumulation - 1)
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * lr_factor(step - 1)
-        optimizer.step()
-        optimizer.zero_grad()
+        bad = update(optimizer, args.max_grad_norm, sums, bad, step)
         totals += sums
         bar.update()
 
@@ -504,10 +556,10 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
                 shown = ("loss", "base", "aux", "grad_norm", "images_per_second")
                 bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
         if save:
-            path = output_dir / f"checkpoint-{step:06d}"
+            path, found = output_dir / f"checkpoint-{step:06d}", moments(optimizer, parameters)
             if rank == 0:
                 state = {"step": step, "settings": settings, "sums": totals.tolist()}
-                save_checkpoint(path, transformer, optimizer, state)
+                save_checkpoint(path, transformer, found, state)
                 kept = args.checkpoints_total_limit or step
                 for old in checkpoints(output_dir)[:-kept]:
                     shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # at once no checkpoint any more

@@ -40,6 +40,11 @@ def seeded(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on device, by a copy that the host does not wait for: only a copy from pinned memory is one."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -93,7 +98,9 @@ def read_prompts(path: Path) -> list[dict]:
 # --- Stable Diffusion 3 -----------------------------------------------------------------------------------------------
 
 
-def load_pipeline(name_or_path: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion3Pipeline:
+def load_pipeline(
+    name_or_path: str, dtype: torch.dtype, device: torch.device, text_encoder_device: torch.device | None = None
+) -> StableDiffusion3Pipeline:
     """The pipeline without its transformer: text encoders in dtype, the VAE in float32, all frozen, on device.
 
     Raises OSError: nothing is there, or it is not a pipeline, or not in safetensors (diffusers' message)."""
@@ -102,7 +109,7 @@ def load_pipeline(name_or_path: str, dtype: torch.dtype, device: torch.device) -
     pipe = StableDiffusion3Pipeline.from_pretrained(name_or_path, **options)
     for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if module is not None:
-            module.requires_grad_(False).eval().to(device)
+            module.requires_grad_(False).eval().to(device if module is pipe.vae else text_encoder_device or device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -138,12 +145,12 @@ def load_transformer(
 
 @torch.no_grad()
 def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-    """The transformer's conditioning: encoder_hidden_states (B, CLIP's tokens and T5's, D), pooled_projections (B, D').
-
-    Source: diffusers' StableDiffusion3Pipeline.encode_prompt."""
+    """The transformer's conditioning, on the VAE's device: encoder_hidden_states (B, CLIP's tokens and T5's, D),
+    pooled_projections (B, D'). Source: diffusers' StableDiffusion3Pipeline.encode_prompt."""
     options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=pipe.vae.device, **options)
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=pipe.text_encoder.device, **options)
+    made = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    return {key: to_device(x, pipe.vae.device) for key, x in made.items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import signal
 import subprocess
 import tarfile
 import time
+import traceback
+import weakref
 from pathlib import Path
 
 import datasets
@@ -23,9 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample
 import train
-from experiments import sd3
+from experiments import sd3, trainable
 from experiments.pairs import Pairs, read_image
 from experiments.shapes import DATA
 from experiments.tests.common import MODEL, ROOT, finish, launch, start
@@ -159,6 +164,79 @@ def test_checkpoint_is_on_the_disk_before_it_gets_its_name_and_its_state_comes_l
     assert last == staging / "trainer_state.json" and parent == tmp_path / "run"
 
 
+def equal(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_sharded_moments_change_no_bit_and_no_checkpoint(runs, tmp_path):
+    two = TRAIN | SHORT | {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
+    two |= {"resume_from_checkpoint": runs / "2x2/checkpoint-000002"}  # whole moments into shares
+    done = launch(2, "train.py", "--shard_optimizer", output_dir=tmp_path / "run", **two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in (WEIGHTS, "optimizer.safetensors"):
+        assert equal(tmp_path / "run/final" / name, runs / "2x2/checkpoint-000003" / name)
+    run(tmp_path / "run", train_batch_size=4, max_train_steps=5)  # shares into whole ones
+    for name in (WEIGHTS, "optimizer.safetensors"):
+        assert equal(tmp_path / "run/final" / name, runs / "2x2, 1x4/final" / name)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lambda_aux": 0.0, "gradient_checkpointing": True, "mixed_precision": "bf16"}])
+def test_lora_run_goes_on_bit_by_bit_and_writes_what_sample_reads(tmp_path, flags):
+    flags = {"lora_rank": 4, "learning_rate": 1e-2, "logging_steps": 1} | flags
+    run(tmp_path / "whole", max_train_steps=2, **flags)
+    for steps in (1, 2):
+        run(tmp_path / "parts", max_train_steps=steps, **(flags | {"gradient_checkpointing": False}))
+    files = ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "trainer_state.json"]
+    assert sorted(path.name for path in (tmp_path / "whole/final").iterdir()) == files
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    for name in files[:2]:
+        assert equal(tmp_path / "parts/final" / name, tmp_path / "whole/final" / name)
+    found, moments = (load_file(tmp_path / "whole/final" / name) for name in files[1::-1])
+    assert len(found) == 2 * (5 * 8 + 4 - 1) and all(4 in x.shape for x in found.values())  # 5 blocks, 1 of them dual
+    assert len(moments) == 3 * len(found) and all(".lora_" in key for key in moments)
+    assert min(x.abs().max() for key, x in found.items() if "lora_B" in key and ".4.attn.add_q" not in key) > 1e-3
+    weights, state = sample.find_weights(str(tmp_path / "whole/final"))
+    assert weights.name == files[1] and state["settings"]["lora_rank"] == 4
+    model = sd3.load_transformer(str(DATA / "model"), weights, torch.float32, torch.device("cpu"))
+    base = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer").state_dict()
+    key = "transformer_blocks.0.attn.to_q.weight"
+    b, a = (found[f"transformer.{key[:-7]}.lora_{x}.weight"] for x in "BA")
+    torch.testing.assert_close(model.state_dict()[key], base[key] + b @ a, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="lora_rank was 4, is 8"):
+        run(tmp_path / "whole", max_train_steps=2, **(flags | {"lora_rank": 8}))
+
+
+def test_checkpointed_activations_change_no_bit(runs, tmp_path):
+    run(tmp_path / "run", train_batch_size=4, max_train_steps=2, gradient_checkpointing=True)
+    assert lines(tmp_path / "run") == lines(runs / "1x4")[:2]
+
+
+def test_compiled_blocks_give_the_same_steps_from_one_graph_for_each_kind_of_block(runs, tmp_path, monkeypatch):
+    graphs, original = [], torch.nn.Module.compile
+
+    def eager(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend=eager, **options))
+    torch.compiler.reset()
+    (tmp_path / "p.txt").write_text("a photo of a red circle\n")
+    flags = {"validation_prompts": tmp_path / "p.txt", "validation_steps": 1, "num_sampling_steps": 40}
+    run(tmp_path / "run", compile=True, train_batch_size=4, max_train_steps=2, **flags)
+    assert len(graphs) == 6  # dual attention, plain, the last; with gradients and without
+    for a, b in zip(lines(tmp_path / "run"), lines(runs / "1x4")[:2], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    torch.compiler.reset()
+
+
+def test_text_encoders_may_stay_elsewhere(monkeypatch):
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    pipe = sd3.load_pipeline(str(DATA / "model"), torch.float32, meta, cpu)
+    assert pipe.vae.device == meta and pipe.text_encoder.device == pipe.text_encoder_3.device == cpu
+    assert {x.device for x in sd3.encode_prompts(pipe, ["a circle"], 12).values()} == {meta}
+
+
 def test_only_the_newest_checkpoints_are_kept_where_a_limit_is_given(tmp_path, monkeypatch):
     seen, original = [], train.save_checkpoint
 
@@ -251,7 +329,7 @@ def test_training_step_runs_one_plus_one_plus_six_forwards_and_sft_one(tmp_path,
             output_dir=tmp_path / "run", train_batch_size=2, max_train_steps=1, logging_steps=1, **TRAIN, **settings
         )
     )
-    assert calls == [False, *forwards]  # the first counts its operations
+    assert calls == [True, True, *forwards]  # the first two settle DDP's buckets
     (line,) = lines(tmp_path / "run")
     if settings:
         assert line["loss"] == pytest.approx(line["base"]) and "aux" not in line
@@ -302,7 +380,7 @@ def test_gradients_are_summed_over_ranks_once_a_step_in_its_last_backward(tmp_pa
     monkeypatch.setattr(DistributedDataParallel, "forward", recording)
     run(tmp_path / "run", max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2)
     step = [False] * 7 + [True]  # twice one base term, an unconditional forward and two auxiliary terms
-    assert syncs[-16:] == 2 * step and len(syncs) == 17  # the first counts operations
+    assert syncs == [True, True] + 2 * step  # the first two settle DDP's buckets
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -324,6 +402,87 @@ def test_forwards_run_in_bf16_over_float32_weights_and_checkpointing_changes_no_
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     assert seen == {(checkpointing, dtype, torch.float32) for checkpointing in (False, True)}
     assert lines(tmp_path / "False") == lines(tmp_path / "True")
+
+
+class Waits(TorchDispatchMode):
+    """Lines of this repository that read the value of a tensor, for which a host waits if it is on a GPU."""
+
+    names = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+    def __init__(self):
+        super().__init__()
+        self.on, self.lines = False, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if self.on and (name in self.names or by_mask):
+            frame = next(x for x in reversed(traceback.extract_stack()[:-1]) if str(ROOT) + "/.venv" not in x.filename)
+            self.lines += [frame.line] * (not frame.filename.endswith("pairs.py"))  # of DataLoader's workers
+        return function(*args, **(kwargs or {}))
+
+
+def test_host_reads_nothing_from_the_device_between_a_steps_prompts_and_the_next_ones(tmp_path, monkeypatch):
+    waits, steps, original = Waits(), [], train.draw
+
+    def draw(*args):
+        steps.append(1)
+        waits.on = len(steps) < 3  # from the first step's draws to the third's
+        return original(*args)
+
+    monkeypatch.setattr(train, "draw", draw)
+    with waits:
+        run(tmp_path / "run", max_train_steps=3, logging_steps=10, train_batch_size=2)
+    host = ["normalizer = loss_normalizer(draws.t, args).item() / world_size"]  # of tensors made on the CPU
+    options = "prompts, None, None, device=pipe.text_encoder.device, **options"
+    host += [f"embeds, _, pooled, _ = pipe.encode_prompt({options})"]  # compares tokens, on the CPU, and sends them
+    host += ["stop, log = bool(host[0]), step % args.logging_steps == 0"]
+    assert [line for line, _ in itertools.groupby(waits.lines)] == 2 * host
+
+
+class Graph(torch.autograd.Function):
+    """The identity, whose saved tensor lives as long as the graph that it is in."""
+
+    alive: list[weakref.ref] = []
+
+    @staticmethod
+    def forward(ctx, v):
+        kept = torch.zeros(1)
+        ctx.save_for_backward(kept)
+        Graph.alive.append(weakref.ref(kept))
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_one_graph_is_alive_at_a_time_in_a_step(tmp_path, monkeypatch):
+    original, alive = SD3Transformer2DModel.forward, []
+
+    def forward(*args, **kwargs):
+        alive.append(sum(kept() is not None for kept in Graph.alive))
+        (v,) = original(*args, **kwargs)
+        return (Graph.apply(v) if torch.is_grad_enabled() else v,)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", forward)
+    run(tmp_path / "run", max_train_steps=2, train_batch_size=2, gradient_accumulation_steps=2)
+    assert len(Graph.alive) == 2 + 2 * 2 * 3 and set(alive) == {0}
+
+
+def test_gradients_are_views_of_ddps_buckets_from_the_first_step_on(tmp_path, monkeypatch):
+    original, places = train.add_gradients, []
+
+    def add_gradients(terms, num_terms, ddp, *rest, **options):
+        pointers = lambda: [x.grad.data_ptr() for x in ddp.parameters()]  # noqa: E731
+        assert all(not x.grad.any() for x in ddp.parameters())
+        places.append(pointers())
+        original(terms, num_terms, ddp, *rest, **options)
+        places.append(pointers())
+
+    monkeypatch.setattr(train, "add_gradients", add_gradients)
+    run(tmp_path / "run", max_train_steps=2, train_batch_size=2)
+    assert len(places) == 4 and all(x == places[0] for x in places)
 
 
 def test_every_pair_is_seen_once_an_epoch_and_ranks_share_none():
@@ -371,7 +530,7 @@ def test_ranks_draw_different_noise_and_together_the_global_batchs():
 
 
 def test_every_flag_is_read():
-    trees = (ast.parse(inspect.getsource(code)) for code in (train, Pairs))
+    trees = (ast.parse(inspect.getsource(code)) for code in (train, trainable, Pairs))
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes if ast.unparse(node.value) in ("args", "self", "self.args")}
     names = {field.name for field in dataclasses.fields(train.Args)} - {f.name for f in dataclasses.fields(SoarConfig)}
@@ -397,6 +556,7 @@ def test_published_flags_are_aliases():
     "bad, message",
     [
         ({"lambda_aux": -1.0}, "lambda_aux is -1.0"),
+        ({"lora_rank": 0}, "--lora_rank is 0, expected more than 0"),
         ({"max_train_steps": 0}, "--max_train_steps is 0, expected more than 0"),
         ({"lr_warmup_steps": 5}, "--lr_warmup_steps is not read by --lr_scheduler constant"),
     ],
@@ -568,7 +728,10 @@ def test_step_that_is_not_finite_updates_nothing_and_is_named_with_its_sigma_and
     assert [x.name for x in train.checkpoints(tmp_path / "run")] == ["checkpoint-000002"]
 
 
-def test_step_that_is_not_finite_is_found_at_the_next_line_and_changes_nothing_until_then(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_step_that_is_not_finite_is_found_at_the_next_line_and_changes_nothing_until_then(
+    tmp_path, monkeypatch, sharded
+):
     at_step(monkeypatch, 2, lambda z0: z0 * math.nan)
     updates, original = [], torch.optim.AdamW.step
 
@@ -579,7 +742,7 @@ def test_step_that_is_not_finite_is_found_at_the_next_line_and_changes_nothing_u
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counting)
     with pytest.raises(FloatingPointError, match="of step 2 is not finite"):
-        run(tmp_path / "run", logging_steps=4, max_train_steps=20)
+        run(tmp_path / "run", logging_steps=4, max_train_steps=20, shard_optimizer=sharded)
     assert updates == [True, False, False, False] and train.checkpoints(tmp_path / "run") == []
 
 
