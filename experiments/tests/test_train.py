@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import inspect
-import itertools
 import json
 import math
 import os
@@ -434,10 +433,9 @@ def test_host_reads_nothing_from_the_device_between_a_steps_prompts_and_the_next
     with waits:
         run(tmp_path / "run", max_train_steps=3, logging_steps=10, train_batch_size=2)
     host = ["normalizer = loss_normalizer(draws.t, args).item() / world_size"]  # of tensors made on the CPU
-    options = "prompts, None, None, device=pipe.text_encoder.device, **options"
-    host += [f"embeds, _, pooled, _ = pipe.encode_prompt({options})"]  # compares tokens, on the CPU, and sends them
     host += ["stop, log = bool(host[0]), step % args.logging_steps == 0"]
-    assert [line for line, _ in itertools.groupby(waits.lines)] == 2 * host
+    library = "pipe.encode_prompt("  # may compare tokens, on the CPU
+    assert [line for line in waits.lines if library not in line] == 2 * host
 
 
 class Graph(torch.autograd.Function):
