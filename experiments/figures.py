@@ -104,17 +104,17 @@ def drift(result: dict, path: Path) -> None:
     save(fig, path)
 
 
-def sheet(folder: Path, names: list[str], path: Path, columns: int = 12, size: int = 64) -> None:
+def sheet(folder: Path, names: list[str], path: Path, columns: int = 12) -> None:
     """Rows of images of base, SFT and SOAR from the same noise, out of the diversity folders."""
-    prompts = sorted(x.name for x in (folder / names[0]).iterdir() if x.name.isdigit())
-    chosen = [(prompt, j) for j in range(16) for prompt in prompts][:columns]
+    files = [path.relative_to(folder / names[0]) for path in (folder / names[0]).glob("*/samples/*.png")]
+    chosen = sorted(files, key=lambda path: (path.name, path.parts))[:columns]  # the first image of every prompt first
     fig, axes = plt.subplots(len(names), columns, figsize=(8, 8 * (len(names) + 0.6) / columns), squeeze=False)
     for row, name in zip(axes, names):
-        for ax, (prompt, j) in zip(row, chosen):
-            ax.imshow(Image.open(folder / name / prompt / "samples" / f"{j:05d}.png"))
+        for ax, path_in_folder in zip(row, chosen):
+            ax.imshow(Image.open(folder / name / path_in_folder))
             ax.set(xticks=[], yticks=[])
             if name == names[0]:
-                text = json.loads((folder / name / prompt / "metadata.jsonl").read_text())["prompt"]
+                text = json.loads((folder / name / path_in_folder.parts[0] / "metadata.jsonl").read_text())["prompt"]
                 words = text.removeprefix("a photo of ").split()
                 half = (len(words) + 1) // 2
                 ax.set_title(" ".join(words[:half]) + "\n" + " ".join(words[half:]), fontsize=5.5)

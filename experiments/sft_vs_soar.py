@@ -116,6 +116,7 @@ class Setting:
     batch: int = 16
     learning_rate: float = 3e-4
     lr_scheduler: str = "linear"
+    lr_warmup_steps: int = 10
     curve: tuple[float, ...] = (1 / 3, 2 / 3)  # where SFT and SOAR are scored on the way, as shares of their steps
     curve_seeds: int = 1
     unguided: int = 32  # images at guidance 1, for their sharpness
@@ -232,7 +233,8 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     transformer = load_base(world).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
     optimizer = torch.optim.AdamW(transformer.parameters(), setting.learning_rate, weight_decay=1e-2, fused=True)
-    schedule = get_scheduler(setting.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
+    warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}
+    schedule = get_scheduler(setting.lr_scheduler, optimizer, **warmup)
     velocity = lambda z, sigma, cond: transformer(z, timestep=1000 * sigma, return_dict=False, **cond)[0]  # noqa: E731
     marks, kept = {round(share * steps) for share in setting.curve} | {steps}, {}
     for step in range(1, steps + 1):
