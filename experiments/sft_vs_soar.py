@@ -117,6 +117,7 @@ class Setting:
     learning_rate: float = 3e-4
     lr_scheduler: str = "linear"
     lr_warmup_steps: int = 10
+    posterior_noise: float = 0.0  # 1 as in train.py; the base is pretrained on the means, and this VAE's noise is large
     curve: tuple[float, ...] = (1 / 3, 2 / 3)  # where SFT and SOAR are scored on the way, as shares of their steps
     curve_seeds: int = 1
     unguided: int = 32  # images at guidance 1, for their sharpness
@@ -214,13 +215,15 @@ def load_base(world: World, weights: Path | None = None) -> SD3Transformer2DMode
 
 
 def step_terms(
-    world: World, velocity, config: SoarConfig, seed: int, step: int, batch: int, weighting=None
-) -> Iterator[Term]:
-    """The terms of a step's loss (steps count from 1), with the rows and random numbers of train.py for this seed."""
+    world: World, velocity, config: SoarConfig, seed: int, step: int, batch: int, weighting=None,
+    posterior_noise: float = 1.0,
+) -> Iterator[Term]:  # fmt: skip
+    """The terms of a step's loss (steps count from 1), with the rows and random numbers of train.py for this seed; its
+    z0 are those of train.py where posterior_noise is 1, the posterior's means where it is 0."""
     rows, shape, vae = step_rows(len(world.mean), batch, seed, step), (batch, *world.mean.shape[1:]), world.pipe.vae
     generator = seeded(seed, "step", step)
     draws, noise = draw(shape, config, generator), torch.randn(shape, generator=generator)
-    x = world.mean[rows] + world.std[rows] * noise
+    x = world.mean[rows] + posterior_noise * world.std[rows] * noise
     z0 = (x - vae.config.shift_factor) * vae.config.scaling_factor
     cond = {key: x[world.caption[rows]] for key, x in world.embeds.items()}
     return soar_terms(velocity, z0, draws, cond, world.cond([""] * batch), config, weighting=weighting)
@@ -239,7 +242,8 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     marks, kept = {round(share * steps) for share in setting.curve} | {steps}, {}
     for step in range(1, steps + 1):
         total = 0.0
-        for term in step_terms(world, velocity, arm.config, seed, step, batch, arm.weighting):
+        options = {"weighting": arm.weighting, "posterior_noise": setting.posterior_noise}
+        for term in step_terms(world, velocity, arm.config, seed, step, batch, **options):
             term.loss.backward()
             total += term.loss.item()
         if not math.isfinite(total):

@@ -201,13 +201,14 @@ def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
     losses = []
     original = experiment.step_terms
 
-    def recorded(*args):
+    def recorded(*args, **options):
         losses.append(0.0)
-        for term in original(*args):
+        for term in original(*args, **options):
             losses[-1] += term.loss.item()
             yield term
 
-    setting = dataclasses.replace(TINY, batch=4, learning_rate=1e-3, lr_scheduler="constant", lr_warmup_steps=0)
+    same = {"batch": 4, "learning_rate": 1e-3, "lr_scheduler": "constant", "posterior_noise": 1.0}
+    setting = dataclasses.replace(TINY, **same)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "step_terms", recorded)
         kept = experiment.train(world, experiment.ARMS["soar"], setting, seed=5)
