@@ -1,4 +1,4 @@
-"""The figures of experiments.sft_vs_soar, from its results.json; geometry.png needs no results.
+"""The table and the figures of experiments.sft_vs_soar, from its results.json; geometry.png needs no results.
 
     python -m experiments.figures output/sft_vs_soar/quick --output_dir experiments/results
 """
@@ -122,6 +122,21 @@ def sheet(folder: Path, names: list[str], path: Path, columns: int = 12) -> None
     fig.subplots_adjust(left=0.03, right=0.995, top=0.84, bottom=0.01, wspace=0.04, hspace=0.04)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def table(result: dict) -> str:
+    """The runs as a markdown table: scores in %, differences in points, sharpness over that of the training images."""
+    head = "arm | compute | seeds | score (std) | minus SFT (95 %, p) | sharpness, w 4.5 / 1"
+    lines, real = [f"| {head} |", "| --- | ---: | ---: | ---: | ---: | ---: |"], result["training_sharpness"]
+    for row in result["arms"].values():
+        std = "" if row["std"] is None else f" ({100 * row['std']:.1f})"
+        test = row.get("minus_sft")
+        versus = "{:+.1f} ({:+.1f} to {:+.1f}, p {:.3f})".format(
+            *(100 * test[key] for key in ("difference", "low", "high")), test["p"]) if test else ""  # fmt: skip
+        sharp = f"{row['sharpness'] / real:.2f} / {row['sharpness_unguided'] / real:.2f}"
+        lines.append(f"| {row['label']} | {row['compute']:.1f} | {len(row['seeds'])} | {100 * row['score']:.1f}{std} "
+                     f"| {versus} | {sharp} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def save(fig, path: Path) -> None:

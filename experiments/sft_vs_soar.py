@@ -265,6 +265,19 @@ def sharpness(image: Image.Image) -> float:
     return float(ndimage.laplace(np.asarray(image.convert("L"), np.float64) / 255).var())
 
 
+@torch.no_grad()
+def training_sharpness(world: World, most: int = 600) -> dict[str, float]:
+    """Mean sharpness of training images, each task counting the same; and of the same after the VAE, which bounds what
+    samples can have."""
+    files, tags = sorted((world.data / "train").glob("*.png"))[:most], {}
+    decoded = [world.pipe.vae.decode(x, return_dict=False)[0] for x in world.mean[:most].split(100)]
+    pictures = world.pipe.image_processor.postprocess(torch.cat(decoded))
+    for i, (path, picture) in enumerate(zip(files, pictures)):
+        tags.setdefault(example(CURATED + i)[0]["tag"], []).append([sharpness(Image.open(path)), sharpness(picture)])
+    real, rebuilt = np.mean([np.mean(pairs, axis=0) for pairs in tags.values()], axis=0).tolist()
+    return {"training_sharpness": real, "reconstruction_sharpness": rebuilt}
+
+
 def chosen(world: World, count: int) -> list[int]:
     """Numbers of `count` prompts, taken evenly: of each task the same number where count is a multiple of six."""
     return [i * len(world.prompts) // count for i in range(count)]
@@ -427,11 +440,8 @@ def collect(folder: Path, setting: Setting) -> dict:
                 theirs = [rates(runs[other][seed]["correct"]) for seed in common]
                 row[f"minus_{other}"] = paired_test(np.mean([scores[s] for s in common], 0), np.mean(theirs, 0))
         summary[name] = row
-    real = {tag: [] for tag in TAGS}
-    for i, path in enumerate(sorted((world.data / "train").glob("*.png"))):
-        real[example(CURATED + i)[0]["tag"]].append(sharpness(Image.open(path)))
     result = {"setting": dataclasses.asdict(setting), "commit": commit(), "arms": summary}
-    result["training_sharpness"] = float(np.mean([np.mean(x) for x in real.values()]))
+    result |= training_sharpness(world)
     result["curves"] = {name: {seed: {step: {"score": float(rates(y["correct"]).mean()), "sharpness": y["sharpness"],
                                              "sharpness_unguided": y["sharpness_unguided"]}
                                       for step, y in x["curve"].items()} for seed, x in found.items() if x["curve"]}
@@ -453,21 +463,6 @@ def commit() -> str:
     return "unknown"
 
 
-def table(result: dict) -> str:
-    """The runs as a markdown table: scores in %, differences in points, sharpness over that of the training images."""
-    head = "arm | compute | seeds | score (std) | minus SFT (95 %, p) | sharpness, w 4.5 / 1"
-    lines, real = [f"| {head} |", "| --- | ---: | ---: | ---: | ---: | ---: |"], result["training_sharpness"]
-    for row in result["arms"].values():
-        std = "" if row["std"] is None else f" ({100 * row['std']:.1f})"
-        test = row.get("minus_sft")
-        versus = "{:+.1f} ({:+.1f} to {:+.1f}, p {:.3f})".format(
-            *(100 * test[key] for key in ("difference", "low", "high")), test["p"]) if test else ""  # fmt: skip
-        sharp = f"{row['sharpness'] / real:.2f} / {row['sharpness_unguided'] / real:.2f}"
-        lines.append(f"| {row['label']} | {row['compute']:.1f} | {len(row['seeds'])} | {100 * row['score']:.1f}{std} "
-                     f"| {versus} | {sharp} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
 def main(args: Args) -> None:
     from experiments import figures  # matplotlib is needed here only
 
@@ -483,8 +478,8 @@ def main(args: Args) -> None:
             bar.update()
     result = collect(folder, setting)
     save_whole(json.dumps(result, indent=1) + "\n", folder / "results.json")
-    save_whole(table(result), folder / "table.md")
-    print(table(result))
+    save_whole(figures.table(result), folder / "table.md")
+    print(figures.table(result))
     figures.draw_all(result, folder, folder)
     print(f"{folder}: results.json, table.md and the figures")
 

@@ -265,7 +265,7 @@ def test_runs_go_on_from_what_is_finished(world, few_steps, tmp_path, monkeypatc
         experiment.run(tmp_path, "sft", dataclasses.replace(TINY, learning_rate=1.0), 0)
 
     result = json.loads(json.dumps(experiment.collect(tmp_path, TINY)))
-    rows = experiment.table(result).splitlines()
+    rows = figures.table(result).splitlines()
     assert [row.split(" | ")[:3] for row in rows[2:]] == [
         ["| base", "0.0", "2"], ["| SFT", "1.0", "2"], ["| SOAR", "7.3", "1"]]  # fmt: skip
     assert set(result["drift"]) == set(result["diversity"]) == {"base", "sft", "soar"}
