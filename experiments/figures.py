@@ -96,7 +96,7 @@ def drift(result: dict, path: Path) -> None:
     for ax, start in zip(axes[1:], starts[1:]):
         for name, x in curves.items():
             ax.plot(x["sigma"][start:], np.array(x[f"from_{start}"]) - x["ideal"][start:], color=COLORS[name])
-        ax.set(title=f"excess, own path from {x['sigma'][start]:.2f}")
+        ax.set(title=f"excess, from {x['sigma'][start]:.2f}")
     for ax in axes:
         ax.set_xlabel("sigma")
         ax.invert_xaxis()
@@ -104,7 +104,7 @@ def drift(result: dict, path: Path) -> None:
     save(fig, path)
 
 
-def sheet(folder: Path, names: list[str], path: Path, columns: int = 12) -> None:
+def sheet(folder: Path, names: list[str], path: Path, columns: int = 10) -> None:
     """Rows of images of base, SFT and SOAR from the same noise, out of the diversity folders."""
     files = [path.relative_to(folder / names[0]) for path in (folder / names[0]).glob("*/samples/*.png")]
     chosen = sorted(files, key=lambda path: (path.name, path.parts))[:columns]  # the first image of every prompt first
@@ -117,9 +117,9 @@ def sheet(folder: Path, names: list[str], path: Path, columns: int = 12) -> None
                 text = json.loads((folder / name / path_in_folder.parts[0] / "metadata.jsonl").read_text())["prompt"]
                 words = text.removeprefix("a photo of ").split()
                 half = (len(words) + 1) // 2
-                ax.set_title(" ".join(words[:half]) + "\n" + " ".join(words[half:]), fontsize=5.5)
+                ax.set_title(" ".join(words[:half]) + "\n" + " ".join(words[half:]), fontsize=6)
         row[0].set_ylabel(NAMES[name], fontsize=9)
-    fig.subplots_adjust(left=0.03, right=0.995, top=0.84, bottom=0.01, wspace=0.04, hspace=0.04)
+    fig.subplots_adjust(left=0.03, right=0.99, top=0.85, bottom=0.01, wspace=0.04, hspace=0.04)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
