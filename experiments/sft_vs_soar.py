@@ -126,7 +126,7 @@ class Setting:
 
 
 SETTINGS = {
-    "quick": Setting(("sft", "soar", "sft_steps", "soar_w1"), steps=100, prompts=240, images=1),
+    "quick": Setting(("sft", "soar", "sft_steps"), steps=100, prompts=240, images=1),
     "full": Setting(
         tuple(ARMS), steps=300, prompts=600, images=2, batch=32, curve=(1 / 3, 2 / 3), curve_seeds=3, unguided=120,
         drift_pairs=96, diverse_prompts=48,
