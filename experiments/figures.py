@@ -75,10 +75,10 @@ def score(result: dict, path: Path) -> None:
         xs = [0, *steps, setting["steps"]]
         ax.plot(xs, y, "o-", color=COLORS[name], label=f"{NAMES[name]}, {len(seeds)} seed{'s' * (len(seeds) != 1)}")
         ax.fill_between(xs, y - error, y + error, color=COLORS[name], alpha=0.15, lw=0)
-    for name in ("base", "sft", "soar"):
+    for i, name in enumerate(("base", "sft", "soar")):
         if name in result["arms"]:
             arm = result["arms"][name]
-            ax.plot([setting["steps"] * 1.04] * len(arm["by_seed"]), 100 * np.array(arm["by_seed"]), "_", ms=14,
+            ax.plot([setting["steps"] * (1.05 + 0.05 * i)] * len(arm["by_seed"]), 100 * np.array(arm["by_seed"]), "_", ms=12, mew=2,
                     color=COLORS[name], label=f"{NAMES[name]}, each seed at the end")  # fmt: skip
     ax.set(xlabel="step", ylabel="score, %")
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
