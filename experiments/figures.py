@@ -78,8 +78,8 @@ def score(result: dict, path: Path) -> None:
     for i, name in enumerate(("base", "sft", "soar")):
         if name in result["arms"]:
             arm = result["arms"][name]
-            ax.plot([setting["steps"] * (1.05 + 0.05 * i)] * len(arm["by_seed"]), 100 * np.array(arm["by_seed"]), "_", ms=12, mew=2,
-                    color=COLORS[name], label=f"{NAMES[name]}, each seed at the end")  # fmt: skip
+            xs, ys = [setting["steps"] * (1.05 + 0.05 * i)] * len(arm["by_seed"]), 100 * np.array(arm["by_seed"])
+            ax.plot(xs, ys, "_", ms=12, mew=2, color=COLORS[name], label=f"{NAMES[name]}, each seed at the end")
     ax.set(xlabel="step", ylabel="score, %")
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     save(fig, path)
