@@ -434,7 +434,7 @@ def collect(folder: Path, setting: Setting) -> dict:
             tag: np.mean([x[tags == tag].mean() for x in scores.values()]) for tag in TAGS}}  # fmt: skip
         row |= {key: np.mean([x[key] for x in found.values()]) for key in ("sharpness", "sharpness_unguided")}
         row["seconds"] = np.mean([x["seconds"] for x in found.values()], axis=0).tolist()
-        for other in ("base", "sft"):
+        for other in ("base", "sft", "sft_steps"):
             common = [seed for seed in scores if seed in runs.get(other, {})]
             if name != other and common:
                 theirs = [rates(runs[other][seed]["correct"]) for seed in common]
