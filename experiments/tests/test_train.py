@@ -151,6 +151,18 @@ def test_checkpoints_are_whole_and_final_is_the_last(runs):
         assert all(moments[key] == state["step"] for key in moments if key.endswith(".step"))
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_pickle_is_never_read(tmp_path, part):
+    shutil.copytree(DATA / "model", tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(file), file.with_name(name))
+    file.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        run(tmp_path / "run", pretrained_model_name_or_path=str(tmp_path / "model"), max_train_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoint_is_on_the_disk_before_it_gets_its_name_and_its_state_comes_last(tmp_path, monkeypatch):
     events, sync, save_whole = [], train.sync, train.save_whole
     monkeypatch.setattr(train, "sync", lambda path: events.append(path) or sync(path))
@@ -557,6 +569,9 @@ def test_published_flags_are_aliases():
         ({"lora_rank": 0}, "--lora_rank is 0, expected more than 0"),
         ({"max_train_steps": 0}, "--max_train_steps is 0, expected more than 0"),
         ({"lr_warmup_steps": 5}, "--lr_warmup_steps is not read by --lr_scheduler constant"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16: small gradients would vanish in it; use bf16, or no"),
+        ({"mixed_precision": "fp32"}, "--mixed_precision is fp32, expected bf16 or no"),
+        ({"cond_dropout_rate": 1.5}, "--cond_dropout_rate is 1.5, expected 0 to 1"),
     ],
 )
 def test_bad_settings_are_refused_by_name(bad, message):
