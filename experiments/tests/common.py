@@ -19,8 +19,9 @@ def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*(launcher if processes > 1 else [sys.executable]), script, *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background ignores it
+    return subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=heed, **options)
 
 
 def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.CompletedProcess:
