@@ -745,7 +745,7 @@ def test_step_that_is_not_finite_updates_nothing_and_is_named_with_its_sigma_and
 def test_step_that_is_not_finite_is_found_at_the_next_line_and_changes_nothing_until_then(
     tmp_path, monkeypatch, sharded
 ):
-    at_step(monkeypatch, 2, lambda z0: z0 * math.nan)
+    at_step(monkeypatch, 2, lambda z0: z0 * math.nan, and_later=True)
     updates, original = [], torch.optim.AdamW.step
 
     def counting(optimizer):
