@@ -47,6 +47,7 @@ from experiments.sd3 import (
     sample_images,
     save_whole,
     seeded,
+    sync,
 )
 from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
 from soar import SoarConfig, Term, draw, guided_velocity, interpolate, rollout_step, soar_terms
@@ -197,10 +198,12 @@ def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") ->
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors beside path, then rename: path never holds half of it."""
+    """Write safetensors beside path, to the disk, then rename: path never holds half of it."""
     staging = path.with_name(f".{path.name}.tmp")
     save_file({key: x.contiguous() for key, x in tensors.items()}, staging)
+    sync(staging)
     staging.rename(path)
+    sync(path.parent)
 
 
 def load_base(world: World, weights: Path | None = None) -> SD3Transformer2DModel:
