@@ -19,7 +19,7 @@ import math
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -50,7 +50,7 @@ from experiments.sd3 import (
     sync,
 )
 from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
-from soar import SoarConfig, Term, draw, guided_velocity, interpolate, rollout_step, soar_terms
+from soar import Draws, SoarConfig, draw, guided_velocity, interpolate, rollout_step, soar_terms
 from train import step_rows
 
 GUIDANCE, SAMPLING_STEPS, IMAGE_SEEDS = 4.5, 40, 16
@@ -69,12 +69,13 @@ def endpoint_weighting(sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """A training run: what it says of itself, its objective, and its steps and batch as multiples of the setting's."""
+    """A training run: its name in tables, its objective; its steps, batch and rate as multiples of the setting's."""
 
     label: str
     config: SoarConfig = SoarConfig()
     steps: float = 1.0
     batch: float = 1.0
+    rate: float = 1.0
     weighting: Callable[[Tensor], Tensor] | None = None
 
     def compute(self) -> float:
@@ -89,6 +90,8 @@ ARMS = {
     "sft": Arm("SFT", SFT),
     "soar": Arm("SOAR"),
     "sft_steps": Arm("SFT, 22/3 of the steps", SFT, steps=22 / 3),
+    "sft_r0.3": Arm("SFT, a third of the rate", SFT, rate=1 / 3),
+    "sft_r2": Arm("SFT, twice the rate", SFT, rate=2.0),
     "soar_w1": Arm("SOAR, w = 1", SoarConfig(guidance_scale=1.0)),
     "sft_batch": Arm("SFT, 22/3 of the batch", SFT, batch=22 / 3),
     "soar_l0.3": Arm("SOAR, lambda = 0.3", SoarConfig(lambda_aux=0.3)),
@@ -118,10 +121,9 @@ class Setting:
     learning_rate: float = 3e-4
     lr_scheduler: str = "linear"
     lr_warmup_steps: int = 10
-    posterior_noise: float = 0.0  # 1 as in train.py; the base is pretrained on the means, and this VAE's noise is large
     curve: tuple[float, ...] = (0.5,)  # where SFT and SOAR are scored on the way, as shares of their steps
     curve_seeds: int = 1
-    unguided: int = 24  # images at guidance 1, for their sharpness
+    unguided: int = 60  # images at guidance 1, for their sharpness
     drift_pairs: int = 24
     diverse_prompts: int = 6  # with IMAGE_SEEDS images each
 
@@ -217,19 +219,14 @@ def load_base(world: World, weights: Path | None = None) -> SD3Transformer2DMode
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def step_terms(
-    world: World, velocity, config: SoarConfig, seed: int, step: int, batch: int, weighting=None,
-    posterior_noise: float = 1.0,
-) -> Iterator[Term]:  # fmt: skip
-    """The terms of a step's loss (steps count from 1), with the rows and random numbers of train.py for this seed; its
-    z0 are those of train.py where posterior_noise is 1, the posterior's means where it is 0."""
+def step_inputs(world: World, config: SoarConfig, seed: int, step: int, batch: int) -> tuple[Tensor, Draws, dict, dict]:
+    """What soar_terms takes at a step, counted from 1: z0, draws, cond, uncond, as train.py has them for this seed."""
     rows, shape, vae = step_rows(len(world.mean), batch, seed, step), (batch, *world.mean.shape[1:]), world.pipe.vae
     generator = seeded(seed, "step", step)
     draws, noise = draw(shape, config, generator), torch.randn(shape, generator=generator)
-    x = world.mean[rows] + posterior_noise * world.std[rows] * noise
-    z0 = (x - vae.config.shift_factor) * vae.config.scaling_factor
+    z0 = (world.mean[rows] + world.std[rows] * noise - vae.config.shift_factor) * vae.config.scaling_factor
     cond = {key: x[world.caption[rows]] for key, x in world.embeds.items()}
-    return soar_terms(velocity, z0, draws, cond, world.cond([""] * batch), config, weighting=weighting)
+    return z0, draws, cond, world.cond([""] * batch)
 
 
 def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict[str, Tensor]]:
@@ -238,15 +235,16 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     Raises FloatingPointError: a loss is not finite."""
     transformer = load_base(world).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
-    optimizer = torch.optim.AdamW(transformer.parameters(), setting.learning_rate, weight_decay=1e-2, fused=True)
+    rate = arm.rate * setting.learning_rate
+    optimizer = torch.optim.AdamW(transformer.parameters(), rate, weight_decay=1e-2, fused=True)
     warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}
     schedule = get_scheduler(setting.lr_scheduler, optimizer, **warmup)
     velocity = lambda z, sigma, cond: transformer(z, timestep=1000 * sigma, return_dict=False, **cond)[0]  # noqa: E731
     marks, kept = {round(share * steps) for share in setting.curve} | {steps}, {}
     for step in range(1, steps + 1):
         total = 0.0
-        options = {"weighting": arm.weighting, "posterior_noise": setting.posterior_noise}
-        for term in step_terms(world, velocity, arm.config, seed, step, batch, **options):
+        inputs = step_inputs(world, arm.config, seed, step, batch)
+        for term in soar_terms(velocity, *inputs, arm.config, weighting=arm.weighting):
             term.loss.backward()
             total += term.loss.item()
         if not math.isfinite(total):
@@ -365,7 +363,8 @@ def run_settings(name: str, setting: Setting, seed: int) -> dict:
     arm = ARMS.get(name)
     shared = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("arms", "seeds")}
     own = {k: str(v) for k, v in vars(arm.config).items()} if arm else {}
-    own |= {"steps": arm.steps, "batch": arm.batch, "weighted": arm.weighting is not None} if arm else {}
+    own |= {key: getattr(arm, key) for key in ("steps", "batch", "rate")} if arm else {}
+    own |= {"weighted": arm.weighting is not None} if arm else {}
     return json.loads(json.dumps({"run": name, "seed": seed, "shared": shared, "arm": own}))
 
 

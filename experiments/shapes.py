@@ -12,7 +12,8 @@ Notation: z0 clean latents, z1 noise, sigma in [0, 1] with 1 = noise, z_sigma = 
 velocity target z1 - z0, model timestep 1000 sigma.
 
 Three sets of scenes come from disjoint seed ranges (BROAD, CURATED, HELD_OUT):
-    broad     pretraining only, never stored; WRONG_CAPTIONS of its captions belong to another scene
+    broad     pretraining only, never stored; WRONG_CAPTIONS of its captions belong to another scene, and in a
+              short last phase LATE_WRONG_CAPTIONS, so that the base knows more than it obeys: what SFT is for
     curated   shapes_data/train, every caption correct, with an `aesthetic` column (`aesthetic_score`)
     held out  shapes_data/prompts.jsonl, prompts only
 What is held out: the prompt space is finite (460 captions), so the prompts of five tasks are also captions of
@@ -75,7 +76,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 TAG_WEIGHTS = (1, 2, 3, 1, 4, 4)
 
 BROAD, CURATED, HELD_OUT = 0, 1_000_000, 2_000_000
-WRONG_CAPTIONS = 0.15
+WRONG_CAPTIONS, LATE_WRONG_CAPTIONS = 0.15, 0.7
 CAPTION_DROPOUT = 0.1
 SHIFT = 3.0
 
@@ -485,10 +486,11 @@ def train_vae(pixels: Tensor, steps: int, seed: int, batch: int = 16, lr: float 
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor, batch: int = 250) -> Tensor:
-    """(n, 3, 64, 64) uint8 -> the posterior's mode (n, 16, 8, 8) float32, before shift and scale."""
+def encode_images(vae: AutoencoderKL, pixels: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
+    """(n, 3, 64, 64) uint8 -> the posterior's mean and std, (n, 16, 8, 8) float32, before shift and scale."""
     chunks = tqdm(pixels.split(batch), desc="latents", mininterval=10)
-    return torch.cat([vae.encode(x / 127.5 - 1).latent_dist.mode() for x in chunks])
+    found = [vae.encode(x / 127.5 - 1).latent_dist for x in chunks]
+    return torch.cat([x.mean for x in found]), torch.cat([x.std for x in found])
 
 
 def _state(transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -507,15 +509,16 @@ def _restore(
 
 
 def pretrain(
-    pipe: StableDiffusion3Pipeline, z0: Tensor, captions: list[str], steps: int, seed: int, checkpoint: Path,
-    batch: int = 64, lr: float = 1e-3, compile: bool = False,
+    pipe: StableDiffusion3Pipeline, mean: Tensor, std: Tensor | None, captions: list[str], steps: int, seed: int,
+    checkpoint: Path, batch: int = 64, lr: float = 1e-3, compile: bool = False,
 ) -> None:  # fmt: skip
     """Train pipe.transformer in place by rectified flow.
 
         mean |v(z_sigma, sigma, c) - (z1 - z0)|^2,   t ~ logit-normal(0, 1),   sigma = 3 t / (1 + 2 t)
 
     Args:
-        z0: (n, 16, 8, 8) float32 latents, shifted and scaled.
+        mean, std: (n, 16, 8, 8) float32 of the VAE's posterior, before shift and scale. z0 is a sample of it, or
+            its mean where std is None.
         captions: n captions; CAPTION_DROPOUT of the draws see "" instead, for guidance.
         steps: optimizer steps of `batch` samples; the learning rate falls to 0 over the last quarter.
         checkpoint: written every 500 steps; where it exists, the run goes on from it, as if never stopped.
@@ -525,7 +528,7 @@ def pretrain(
     prompt_embeds, pooled_prompt_embeds = encode_captions(pipe, table)
     index = torch.tensor([table.index(c) for c in captions])
     generator = torch.Generator().manual_seed(seed)
-    transformer = pipe.transformer.train()
+    transformer, vae = pipe.transformer.train(), pipe.vae.config
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     first, average = 0, None
     if checkpoint.exists():
@@ -538,18 +541,22 @@ def pretrain(
     for step in (
         bar := tqdm(range(first, steps), desc="transformer", initial=first, total=steps, mininterval=10)
     ):
-        rows = torch.randint(len(z0), (batch,), generator=generator)
+        rows = torch.randint(len(mean), (batch,), generator=generator)
         keep = torch.rand(batch, generator=generator) >= CAPTION_DROPOUT
         caption = index[rows] * keep
-        z1 = torch.randn(batch, *z0.shape[1:], generator=generator)
+        z1 = torch.randn(batch, *mean.shape[1:], generator=generator)
         t = torch.sigmoid(torch.randn(batch, generator=generator))
         sigma = SHIFT * t / (1 + (SHIFT - 1) * t)
+        z0 = mean[rows]
+        if std is not None:
+            z0 = z0 + std[rows] * torch.randn(z0.shape, generator=generator)
+        z0 = (z0 - vae.shift_factor) * vae.scaling_factor
         s = sigma[:, None, None, None]
         v = transformer(
-            (1 - s) * z0[rows] + s * z1, timestep=1000 * sigma, encoder_hidden_states=prompt_embeds[caption],
+            (1 - s) * z0 + s * z1, timestep=1000 * sigma, encoder_hidden_states=prompt_embeds[caption],
             pooled_projections=pooled_prompt_embeds[caption], return_dict=False,
         )[0]  # fmt: skip
-        loss = (v - (z1 - z0[rows])).square().mean()
+        loss = (v - (z1 - z0)).square().mean()
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, 1, (steps - step) / (steps / 4))
         optimizer.zero_grad()
         loss.backward()
@@ -597,6 +604,14 @@ def held_out_prompts(per_task: int = 100) -> list[dict]:
     ]
 
 
+def mislabel(captions: list[str], share: float, seed: int) -> list[str]:
+    """The captions, of which about this share have changed places among themselves."""
+    mixed, rng = np.array(captions), np.random.default_rng(seed)
+    wrong = np.flatnonzero(rng.random(len(mixed)) < share)
+    mixed[wrong] = mixed[rng.permutation(wrong)]
+    return mixed.tolist()
+
+
 def write_data(out: Path, pairs: int) -> None:
     """Write the curated image folder out/train and the held-out out/prompts.jsonl."""
     (out / "train").mkdir(parents=True, exist_ok=True)
@@ -612,31 +627,33 @@ def write_data(out: Path, pairs: int) -> None:
 
 def build(
     out: Path = DATA, work: Path = Path("/tmp/shapes_build"), scenes: int = 32_000, pairs: int = 2_000,
-    vae_steps: int = 1_500, steps: int = 6_000, seed: int = 0, compile: bool = False,
+    vae_steps: int = 1_500, steps: int = 6_000, late_steps: int = 400, seed: int = 0, compile: bool = False,
 ) -> None:  # fmt: skip
     """Make the data, the pipeline and its score from seeds; what lies in `work` already is not made again."""
     write_data(out, pairs)
     examples = [example(BROAD + i) for i in tqdm(range(scenes), desc="scenes", mininterval=10)]
-    captions = np.array([metadata["prompt"] for metadata, _ in examples])
-    rng = np.random.default_rng(seed)
-    wrong = np.flatnonzero(rng.random(scenes) < WRONG_CAPTIONS)
-    captions[wrong] = captions[rng.permutation(wrong)]
+    captions = [metadata["prompt"] for metadata, _ in examples]
     pixels = to_pixels(render(scene) for _, scene in tqdm(examples, desc="drawing", mininterval=10))
 
     if not (work / "vae").exists():
         vae = train_vae(pixels, vae_steps, seed)
-        latents = encode_images(vae, pixels[:2_000])
+        latents, _ = encode_images(vae, pixels[:2_000])
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
         vae.save_pretrained(work / "vae")
     vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
 
-    pipe = build_pipeline(vae, seed)
+    if not (work / "pipeline").exists():  # another run's tokens have other numbers, which a transformer would not know
+        build_pipeline(vae, seed).save_pretrained(work / "pipeline")
+    pipe = StableDiffusion3Pipeline.from_pretrained(work / "pipeline", vae=vae)
+    mean, std = encode_images(vae, pixels)
+    noisy = mislabel(captions, WRONG_CAPTIONS, seed)
     if not (work / "transformer").exists():
-        z0 = (encode_images(vae, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
-        pretrain(pipe, z0, captions.tolist(), steps, seed, work / "pretrain.safetensors", compile=compile)
+        pretrain(pipe, mean, None, noisy, steps, seed, work / "pretrain.safetensors", compile=compile)
         pipe.transformer.save_pretrained(work / "transformer")
     pipe.transformer = SD3Transformer2DModel.from_pretrained(work / "transformer")
+    noisy = mislabel(captions, LATE_WRONG_CAPTIONS, seed)
+    pretrain(pipe, mean, std, noisy, late_steps, seed + 1, work / "late.safetensors", lr=5e-4, compile=compile)
 
     # Half precision on disk only: from_pretrained gives float32 back.
     pipe.transformer.half()

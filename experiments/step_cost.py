@@ -45,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import train
 from experiments.sd3 import init_distributed, save_whole, seeded
@@ -476,7 +477,8 @@ def draw_growth(made: dict[str, dict], args: Args) -> None:
 
 # --- What fits, and what the network takes, computed ------------------------------------------------------------------
 
-FROZEN = {"T5-XXL": 4_762_310_656, "CLIP-L": 123_650_304, "CLIP-G": 694_659_840}  # parameters, in bf16
+CLIP = {"L": (768, 3072, 12, 12), "G": (1280, 5120, 32, 20)}  # width, inner width, layers, heads; T5 is the XXL
+T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "layers_per_block": 2}  # in float32
 VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -540,13 +542,40 @@ def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: in
         return {"weights": weights, "trained": trained, "peak": allocated.peak}
 
 
-def peak_of_vae(batch_size: int, side: int) -> dict[str, int]:
-    """Bytes of the VAE's weights, and the peak of what it allocates to encode images in float32."""
+def encoders(batch_size: int) -> dict[str, int]:
+    """Parameters of SD3.5's three text encoders, which are kept in bf16, and the operations of a batch of 77 tokens."""
     with FakeTensorMode(), torch.no_grad():
-        vae = AutoencoderKL(**VAE)
+        models = [T5EncoderModel(T5Config(**T5, feed_forward_proj="gated-gelu", use_cache=False))]
+        for width, inner, layers, heads in CLIP.values():
+            size = {"hidden_size": width, "intermediate_size": inner, "projection_dim": width}
+            size |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+            models.append(CLIPTextModelWithProjection(CLIPTextConfig(**size)))
+        tokens = torch.zeros(batch_size, 77, dtype=torch.long)
+        parameters = sum(x.numel() for model in models for x in model.parameters())
+        return {"parameters": parameters, "flop": sum(flops(partial(model, tokens)) for model in models)}
+
+
+def peak_of_vae(batch_size: int, side: int) -> dict[str, int]:
+    """Bytes of the VAE's weights, the peak of what it allocates to encode images in float32, and its operations."""
+    with FakeTensorMode(), torch.no_grad():
+        vae, images = AutoencoderKL(**VAE), torch.randn(batch_size, 3, 8 * side, 8 * side)
         with Allocated() as allocated:
-            vae.encode(torch.randn(batch_size, 3, 8 * side, 8 * side))
-        return {"weights": sum(x.nbytes for x in vae.parameters()), "peak": allocated.peak}
+            vae.encode(images)
+        flop = flops(lambda: vae.encode(images))
+        return {"weights": sum(x.nbytes for x in vae.parameters()), "peak": allocated.peak, "flop": flop}
+
+
+def shares(args: Args, size: str) -> dict[str, float]:
+    """Of a whole SOAR step's operations, what is not the transformer's: the prompts' encoding and the VAE's."""
+    with FakeTensorMode(), torch.no_grad():
+        transformer, side = SD3Transformer2DModel(**config(size)), SIDES[size]
+        cond = {"encoder_hidden_states": torch.randn(args.batch_size, TOKENS, 4096)}
+        cond |= {"pooled_projections": torch.randn(args.batch_size, 2048)}
+        z, timestep = torch.randn(args.batch_size, 16, side, side), torch.ones(args.batch_size)
+        unit = flops(lambda: transformer(z, timestep=timestep, **cond))
+    made = {"transformer": (3 * args.num_aux_points + 4) * unit, "text encoders": encoders(args.batch_size)["flop"]}
+    made |= {"VAE": peak_of_vae(args.batch_size, side)["flop"]}
+    return {name: flop / sum(made.values()) for name, flop in made.items()}
 
 
 def fit(args: Args, device: torch.device) -> dict:
@@ -557,7 +586,7 @@ def fit(args: Args, device: torch.device) -> dict:
     ladder += [(24, True, False, 16, False), (24, True, False, 16, True)]
     for gpu, checkpointing, sharded, rank, on_cpu in ladder:
         found, ranks = peak_of_terms(size, args.batch_size, checkpointing, rank), 8 if sharded else 1
-        frozen = vae["weights"] + (0 if on_cpu else 2 * sum(FROZEN.values()))
+        frozen = vae["weights"] + (0 if on_cpu else 2 * encoders(1)["parameters"])
         peak = max(found["peak"], 4 * found["trained"] + vae["peak"])  # images are encoded while gradients are there
         total = found["weights"] + peak + 8 * found["trained"] / ranks + frozen
         flags = ["--gradient_checkpointing"] * checkpointing + ["--shard_optimizer (8 ranks)"] * sharded
@@ -573,7 +602,10 @@ def fit(args: Args, device: torch.device) -> dict:
         network[n] = {"link": link, "bytes_a_gpu": sent, "seconds": sent / bandwidth}
         print(f"{n} GPUs: 2 ({n} - 1) / {n} x 4 bytes x {parameters / 1e9:.3f} G = {sent / 1e9:.1f} GB a GPU; "
               f"{link}: {1000 * sent / bandwidth:.0f} ms a step")  # fmt: skip
-    return {"computed": "not measured", "batch_size": args.batch_size, "ladder": made, "all_reduce": network}
+    share = shares(args, size)
+    print("of a step's operations: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in share.items()))
+    made = {"ladder": made, "all_reduce": network, "share_of_operations": share}
+    return {"computed": "not measured", "batch_size": args.batch_size} | made
 
 
 def describe(device: torch.device) -> dict:

@@ -1,11 +1,14 @@
-"""What the tests of train.py and sample.py share: the small pipeline's flags, and a launcher."""
+"""What tests share: the small pipeline's flags, a launcher, a part of the shapes world."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from experiments.sft_vs_soar import World, load_world
 from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +41,15 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
 
 def launch(processes: int, script: str, *words: str, **flags) -> subprocess.CompletedProcess:
     return finish(start(processes, script, *words, **flags))
+
+
+def small_world(folder: Path) -> World:
+    """The first 12 pairs and every hundredth prompt, copied to folder."""
+    (folder / "train").mkdir(parents=True)
+    lines = (DATA / "train/metadata.jsonl").read_text().splitlines(keepends=True)[:12]
+    (folder / "train/metadata.jsonl").write_text("".join(lines))
+    for line in lines:
+        shutil.copy(DATA / "train" / json.loads(line)["file_name"], folder / "train")
+    prompts = (DATA / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "prompts.jsonl").write_text("".join(prompts[::100]))
+    return load_world(folder / "world.safetensors", folder)

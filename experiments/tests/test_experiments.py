@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from experiments import diversity, figures
 from experiments import sft_vs_soar as experiment
 from experiments.sd3 import seeded
 from experiments.shapes import COLORS, DATA, Scene, Thing, render
-from experiments.tests.common import MODEL
+from experiments.tests.common import MODEL, small_world
 from soar import SoarConfig
 
 TINY = experiment.Setting(
@@ -45,15 +44,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> experiment.World:
-    """The first 12 pairs and every hundredth prompt."""
-    data = tmp_path_factory.mktemp("data")
-    (data / "train").mkdir()
-    lines = (DATA / "train/metadata.jsonl").read_text().splitlines(keepends=True)[:12]
-    (data / "train/metadata.jsonl").write_text("".join(lines))
-    for line in lines:
-        shutil.copy(DATA / "train" / json.loads(line)["file_name"], data / "train")
-    (data / "prompts.jsonl").write_text("".join((DATA / "prompts.jsonl").read_text().splitlines(keepends=True)[::100]))
-    return experiment.load_world(data / "world.safetensors", data)
+    return small_world(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -178,11 +169,12 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
     default, extra = SoarConfig(), {}
     for name, arm in experiment.ARMS.items():
         changed = {k: v for k, v in vars(arm.config).items() if v != getattr(default, k)}
-        extra[name] = changed | {k: getattr(arm, k) for k in ("steps", "batch") if getattr(arm, k) != 1}
+        extra[name] = changed | {k: getattr(arm, k) for k in ("steps", "batch", "rate") if getattr(arm, k) != 1}
         assert (arm.weighting is not None) == name.endswith("_weighted")
     sft = {"lambda_aux": 0}
     assert extra == {
-        "sft": sft, "sft_steps": sft | {"steps": 22 / 3}, "sft_batch": sft | {"batch": 22 / 3}, "sft_weighted": sft,
+        "sft": sft, "sft_r0.3": sft | {"rate": 1 / 3}, "sft_r2": sft | {"rate": 2},
+        "sft_steps": sft | {"steps": 22 / 3}, "sft_batch": sft | {"batch": 22 / 3}, "sft_weighted": sft,
         "soar": {}, "soar_weighted": {}, "soar_w1": {"guidance_scale": 1}, "soar_sde": {"num_rollout_paths": 2},
         "soar_fresh": {"num_rollout_paths": 2, "shared_noise": False}, "soar_n1": {"num_aux_points": 1},
         "soar_n3": {"num_aux_points": 3}, "soar_l0.1": {"lambda_aux": 0.1}, "soar_l0.3": {"lambda_aux": 0.3},
@@ -199,7 +191,7 @@ def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
     train.main(train.Args(output_dir=tmp_path / "run", **flags, **MODEL))
     theirs = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = []
-    original = experiment.step_terms
+    original = experiment.soar_terms
 
     def recorded(*args, **options):
         losses.append(0.0)
@@ -207,10 +199,10 @@ def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
             losses[-1] += term.loss.item()
             yield term
 
-    same = {"batch": 4, "learning_rate": 1e-3, "lr_scheduler": "constant", "posterior_noise": 1.0}
+    same = {"batch": 4, "learning_rate": 1e-3, "lr_scheduler": "constant"}
     setting = dataclasses.replace(TINY, **same)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "step_terms", recorded)
+        patch.setattr(experiment, "soar_terms", recorded)
         kept = experiment.train(world, experiment.ARMS["soar"], setting, seed=5)
     assert losses == pytest.approx(theirs, rel=1e-5)  # the second step's loss is that of updated weights
     weights = load_file(tmp_path / "run/checkpoint-000002/transformer/diffusion_pytorch_model.safetensors")

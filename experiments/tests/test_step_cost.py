@@ -112,6 +112,18 @@ def test_fit_counts_gradients_casts_and_activations():
     assert lora["peak"] < checkpointed["peak"] - 4 * (whole["trained"] - lora["trained"]) + 2 * whole["trained"]
 
 
+def test_frozen_models_have_the_published_sizes_and_operations():
+    few, more = step_cost.encoders(1), step_cost.encoders(2)
+    assert few["parameters"] == 4_762_310_656 + 123_650_304 + 694_659_840  # of the published weights
+    # 2 operations a weight and token, but for embeddings and CLIP's one projection, and the attention's small rest
+    embeddings = 32_128 * 4096 + (49_408 + 77) * (768 + 1280)
+    assert few["flop"] == pytest.approx(2 * 77 * (few["parameters"] - embeddings), rel=0.03)
+    assert more["flop"] == 2 * few["flop"]
+    assert step_cost.peak_of_vae(2, 8)["flop"] == 2 * step_cost.peak_of_vae(1, 8)["flop"]
+    share = step_cost.shares(Args(), "sd3.5-medium")
+    assert sum(share.values()) == pytest.approx(1) and share["transformer"] > 0.9
+
+
 def test_growth_options_and_one_run_and_write(tmp_path, alone):
     flags = {"size": "tiny", "repeats": 1, "output_dir": tmp_path, "num_aux_points": 1, "clock": "cpu"}
     for what in ("growth", "options", "one"):
