@@ -643,9 +643,11 @@ def build(
         vae.save_pretrained(work / "vae")
     vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
 
-    if not (work / "pipeline").exists():  # another run's tokens have other numbers, which a transformer would not know
-        build_pipeline(vae, seed).save_pretrained(work / "pipeline")
-    pipe = StableDiffusion3Pipeline.from_pretrained(work / "pipeline", vae=vae)
+    if (work / "pipeline").exists():  # a new one's tokens have other numbers, which its transformer would not know
+        pipe = StableDiffusion3Pipeline.from_pretrained(work / "pipeline", vae=vae)
+    else:
+        pipe = build_pipeline(vae, seed)
+        pipe.save_pretrained(work / "pipeline")
     mean, std = encode_images(vae, pixels)
     noisy = mislabel(captions, WRONG_CAPTIONS, seed)
     if not (work / "transformer").exists():

@@ -363,6 +363,14 @@ def test_vae_round_trip_is_read_correctly_and_latents_have_unit_variance(pipe):
     assert np.mean(correct) >= 0.97
 
 
+def test_mislabelled_captions_change_places_among_themselves():
+    captions = [f"caption {i}" for i in range(2_000)]
+    mixed = shapes.mislabel(captions, 0.3, 0)
+    assert sorted(mixed) == sorted(captions) and mixed == shapes.mislabel(captions, 0.3, 0)
+    assert 0.25 < np.mean([a != b for a, b in zip(captions, mixed)]) < 0.35
+    assert shapes.mislabel(captions, 0, 0) == captions
+
+
 def test_sample_folder_draws_prompts_the_same_in_any_batching(pipe, tmp_path):
     prompts = [m for m in PROMPTS if m["tag"] == "colors"][:12]
     shapes.sample_folder(pipe, prompts, tmp_path / "a", steps=20)
