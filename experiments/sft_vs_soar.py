@@ -1,7 +1,7 @@
 """SFT against SOAR on the shapes world: the same base, pairs, optimizer, seeds and noise, scored by GenEval's tasks.
 
     python -m experiments.sft_vs_soar --setting quick          # under 20 minutes on two cores
-    python -m experiments.sft_vs_soar --setting full           # every arm; many hours
+    python -m experiments.sft_vs_soar --setting full           # the same runs and every other arm, more images: hours
     python -m experiments.sft_vs_soar --setting quick --arms soar_n1 soar_l0.3
 
 An arm is a training run on the curated pairs; its steps are train.py's, with the same random numbers, in one process
@@ -128,13 +128,9 @@ class Setting:
     diverse_prompts: int = 6  # with IMAGE_SEEDS images each
 
 
-SETTINGS = {
-    "quick": Setting(("sft", "soar", "sft_steps"), steps=100, prompts=240, images=1),
-    "full": Setting(
-        tuple(ARMS), steps=300, prompts=600, images=2, batch=32, curve=(1 / 3, 2 / 3), curve_seeds=3, unguided=120,
-        drift_pairs=96, diverse_prompts=48,
-    ),
-}  # fmt: skip
+QUICK = Setting(("sft", "soar", "sft_steps"), steps=100, prompts=240, images=1)
+MORE = {"curve": (0.25, 0.5, 0.75), "curve_seeds": 3, "unguided": 120, "drift_pairs": 96, "diverse_prompts": 48}
+SETTINGS = {"quick": QUICK, "full": dataclasses.replace(QUICK, arms=tuple(ARMS), prompts=600, images=2, **MORE)}
 
 
 @dataclass(frozen=True)
@@ -308,6 +304,14 @@ def score(world: World, transformer, setting: Setting, seed: int) -> dict:
     return {"correct": correct, "sharpness": sharp, "sharpness_unguided": soft}
 
 
+def held_out(world: World, count: int) -> tuple[Tensor, dict]:
+    """z0 (the posterior's means) and conditioning of pairs that no training set has."""
+    examples = [example(HELD_OUT + 500_000 + i) for i in range(count)]
+    pixels = torch.cat([world.pipe.image_processor.preprocess(render(scene)) for _, scene in examples])
+    z0 = encode_images(world.pipe, pixels, torch.zeros(count, *world.mean.shape[1:]))
+    return z0, encode_prompts(world.pipe, [metadata["prompt"] for metadata, _ in examples], MAX_SEQUENCE_LENGTH)
+
+
 @torch.no_grad()
 def drift(world: World, transformer, pairs: int) -> dict:
     """Errors of the predicted clean endpoint z - sigma v(z, sigma, c) along the sampler's trajectories, against z0.
@@ -316,11 +320,8 @@ def drift(world: World, transformer, pairs: int) -> dict:
     steps. Returns sigma, and mean squared errors by step: "ideal" on the ideal path, and each start's "from_S" on the
     trajectory, from step S on. From step 0 it begins in pure noise, and does not know z0: what it draws may answer
     the caption as well, so that this error does not measure drift alone. From later steps the state holds z0."""
-    examples = [example(HELD_OUT + 500_000 + i) for i in range(pairs)]
-    pixels = torch.cat([world.pipe.image_processor.preprocess(render(scene)) for _, scene in examples])
-    z0 = encode_images(world.pipe, pixels, torch.zeros(pairs, *world.mean.shape[1:]))
+    z0, cond = held_out(world, pairs)
     z1 = torch.stack([torch.randn(z0.shape[1:], generator=seeded(0, "drift", k)) for k in range(pairs)])
-    cond = encode_prompts(world.pipe, [metadata["prompt"] for metadata, _ in examples], MAX_SEQUENCE_LENGTH)
     uncond = world.cond([""] * pairs)
     world.pipe.scheduler.set_timesteps(SAMPLING_STEPS)
     sigmas = world.pipe.scheduler.sigmas[:, None].expand(-1, pairs)

@@ -1,0 +1,85 @@
+"""How far SOAR's auxiliary terms are from SFT terms, and whether training on them helps more off the path than on it.
+
+    python -m experiments.off_path output/sft_vs_soar/quick --arms base sft soar sft_steps
+
+On held-out pairs of the shapes world, states z' are made by soar.py from rollouts of the base model, and each arm's
+weights (of seed 0) are asked for the velocity there. Mean squared errors, over pairs, points and latents:
+    sft      of the base term, at sigma0
+    off      of the auxiliary terms: at z', against v_corr
+    on       of SFT terms at the same sigma', at the ideal state, against z1 - z0
+    target   of v_corr against z1 - z0: what tells an auxiliary term's target from an SFT term's
+off - on is what being off the path costs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from experiments.sd3 import save_whole, seeded
+from experiments.sft_vs_soar import World, held_out, load_base, load_world
+from soar import SoarConfig, correction_target, draw, interpolate, soar_terms
+
+
+@dataclass(frozen=True)
+class Args:
+    folder: tyro.conf.Positional[Path]
+    """Of a finished setting of experiments.sft_vs_soar."""
+    arms: tuple[str, ...] = ("base", "sft", "soar", "sft_steps")
+    pairs: int = 96
+    output_dir: Path | None = None
+    """Where off_path.json is written, by default the folder."""
+
+    def __post_init__(self):
+        missing = [arm for arm in self.arms if arm != "base" and not (self.folder / f"{arm}-0.safetensors").is_file()]
+        if missing:
+            raise ValueError(f"--arms {missing[0]}: {self.folder / missing[0]}-0.safetensors is not there")
+        if self.pairs < 1:
+            raise ValueError(f"--pairs is {self.pairs}, expected at least 1")
+
+
+@torch.no_grad()
+def measure(world: World, args: Args) -> dict[str, dict[str, float]]:
+    """{arm: {"sft", "off", "on", "target"}}."""
+    config = SoarConfig()
+    z0, cond = held_out(world, args.pairs)
+    draws, uncond, states = draw(z0.shape, config, seeded("off_path")), world.cond([""] * args.pairs), []
+
+    def velocity_of(arm: str):
+        model = load_base(world, None if arm == "base" else args.folder / f"{arm}-0.safetensors")
+        return lambda z, sigma, c: model(z, timestep=1000 * sigma, return_dict=False, **c)[0]
+
+    base = velocity_of("base")
+
+    def recorded(z, sigma, c):
+        states.append((z, sigma))
+        return base(z, sigma, c)
+
+    list(soar_terms(recorded, z0, draws, cond, uncond, config))
+    (z, sigma0), _, *points = states  # the second forward is the unconditional one
+    mse = lambda a, b: float((a - b).square().mean())  # noqa: E731
+    mean = lambda values: sum(values) / len(points)  # noqa: E731
+    targets, ideal, made = [correction_target(x, z0, s) for x, s in points], draws.z1 - z0, {}
+    for arm in args.arms:
+        velocity = velocity_of(arm)
+        row = {"sft": mse(velocity(z, sigma0, cond), ideal)}
+        row["off"] = mean([mse(velocity(x, s, cond), target) for (x, s), target in zip(points, targets)])
+        row["on"] = mean([mse(velocity(interpolate(z0, draws.z1, s), s, cond), ideal) for _, s in points])
+        made[arm] = row | {"target": mean([mse(target, ideal) for target in targets])}
+    return made
+
+
+def main(args: Args) -> None:
+    made = measure(load_world(args.folder / "world.safetensors"), args)
+    for arm, row in made.items():
+        print(f"{arm:<14} " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+              + f"  off - on {row['off'] - row['on']:.4f}")  # fmt: skip
+    output_dir = args.output_dir or args.folder
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_whole(json.dumps({"pairs": args.pairs, "arms": made}, indent=1) + "\n", output_dir / "off_path.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, use_underscores=True))
