@@ -185,6 +185,15 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
     assert experiment.ARMS["soar_sde"].compute() == pytest.approx(40 / 3)
 
 
+def test_arms_multiply_steps_batch_and_rate(world, monkeypatch):
+    seen, rates, original, adamw = [], [], experiment.step_inputs, torch.optim.AdamW
+    monkeypatch.setattr(experiment, "step_inputs", lambda *args: seen.append(args[3:]) or original(*args))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda x, lr, **options: rates.append(lr) or adamw(x, lr, **options))
+    arm = experiment.Arm("any", experiment.SFT, steps=1.5, batch=2, rate=0.5)
+    assert max(experiment.train(world, arm, TINY, 0)) == 3
+    assert seen == [(1, 4), (2, 4), (3, 4)] and rates == [TINY.learning_rate / 2]
+
+
 def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
     flags = {"train_batch_size": 4, "max_train_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "seed": 5}
     flags |= {"learning_rate": 1e-3, "resolution": 64, "dataset": str(world.data / "train")}
