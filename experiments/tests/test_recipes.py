@@ -784,7 +784,7 @@ def test_the_block_that_checks_an_adapter_runs(world, monkeypatch, capsys):
     exec(PYTHON["recipes.md: SOAR in other trainers"], names)
     world.transformer.eval()
     assert capsys.readouterr().out == f"the adapter fits: relative error {names['error']:.2f}\n"
-    assert 0.05 < names["error"] < 0.12
+    assert 0.05 < names["error"] < 0.2
 
 
 @pytest.mark.parametrize(
