@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.sd3 import save_whole, seeded
-from experiments.sft_vs_soar import World, load_base, load_world, step_inputs
+from experiments.sft_vs_soar import CPU, World, load_base, load_world, step_inputs
 from soar import Draws, SoarConfig, draw, soar_terms
+from train import make_velocity
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ def stratify(draws: Draws) -> Draws:
 def gradient(transformer, inputs: tuple, config: SoarConfig) -> Tensor:
     """The gradient of a step's whole loss, flat, in float32."""
     transformer.zero_grad()
-    velocity = lambda z, sigma, cond: transformer(z, timestep=1000 * sigma, return_dict=False, **cond)[0]  # noqa: E731
-    for term in soar_terms(velocity, *inputs, config):
+    for term in soar_terms(make_velocity(transformer, CPU, False), *inputs, config):
         term.loss.backward()
     return torch.cat([x.grad.flatten() for x in transformer.parameters()])
 

@@ -19,8 +19,9 @@ import torch
 import tyro
 
 from experiments.sd3 import save_whole, seeded
-from experiments.sft_vs_soar import World, held_out, load_base, load_world
+from experiments.sft_vs_soar import CPU, World, held_out, load_base, load_world
 from soar import SoarConfig, correction_target, draw, interpolate, soar_terms
+from train import make_velocity
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def measure(world: World, args: Args) -> dict[str, dict[str, float]]:
 
     def velocity_of(arm: str):
         model = load_base(world, None if arm == "base" else args.folder / f"{arm}-0.safetensors")
-        return lambda z, sigma, c: model(z, timestep=1000 * sigma, return_dict=False, **c)[0]
+        return make_velocity(model, CPU, False)
 
     base = velocity_of("base")
 

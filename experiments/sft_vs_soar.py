@@ -51,7 +51,7 @@ from experiments.sd3 import (
 )
 from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
 from soar import Draws, SoarConfig, draw, guided_velocity, interpolate, rollout_step, soar_terms
-from train import step_rows
+from train import make_velocity, step_rows
 
 GUIDANCE, SAMPLING_STEPS, IMAGE_SEEDS = 4.5, 40, 16
 STARTS = (0, 10, 20)  # of the 40 sampler steps, where drift's trajectories begin: sigma 1, 0.9, 0.75
@@ -235,7 +235,7 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     optimizer = torch.optim.AdamW(transformer.parameters(), rate, weight_decay=1e-2, fused=True)
     warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}
     schedule = get_scheduler(setting.lr_scheduler, optimizer, **warmup)
-    velocity = lambda z, sigma, cond: transformer(z, timestep=1000 * sigma, return_dict=False, **cond)[0]  # noqa: E731
+    velocity = make_velocity(transformer, CPU, False)
     marks, kept = {round(share * steps) for share in setting.curve} | {steps}, {}
     for step in range(1, steps + 1):
         total = 0.0

@@ -649,8 +649,8 @@ def build(
         pipe = build_pipeline(vae, seed)
         pipe.save_pretrained(work / "pipeline")
     mean, std = encode_images(vae, pixels)
-    noisy = mislabel(captions, WRONG_CAPTIONS, seed)
     if not (work / "transformer").exists():
+        noisy = mislabel(captions, WRONG_CAPTIONS, seed)
         pretrain(pipe, mean, None, noisy, steps, seed, work / "pretrain.safetensors", compile=compile)
         pipe.transformer.save_pretrained(work / "transformer")
     pipe.transformer = SD3Transformer2DModel.from_pretrained(work / "transformer")

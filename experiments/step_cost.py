@@ -565,28 +565,28 @@ def peak_of_vae(batch_size: int, side: int) -> dict[str, int]:
         return {"weights": sum(x.nbytes for x in vae.parameters()), "peak": allocated.peak, "flop": flop}
 
 
-def shares(args: Args, size: str) -> dict[str, float]:
-    """Of a whole SOAR step's operations, what is not the transformer's: the prompts' encoding and the VAE's."""
+def shares(args: Args, size: str, text: dict[str, int], vae: dict[str, int]) -> dict[str, float]:
+    """Of a whole SOAR step's operations: the transformer's share, the text encoders' and the VAE's. text and vae: what
+    encoders and peak_of_vae found for the batch."""
     with FakeTensorMode(), torch.no_grad():
         transformer, side = SD3Transformer2DModel(**config(size)), SIDES[size]
         cond = {"encoder_hidden_states": torch.randn(args.batch_size, TOKENS, 4096)}
         cond |= {"pooled_projections": torch.randn(args.batch_size, 2048)}
         z, timestep = torch.randn(args.batch_size, 16, side, side), torch.ones(args.batch_size)
         unit = flops(lambda: transformer(z, timestep=timestep, **cond))
-    made = {"transformer": (3 * args.num_aux_points + 4) * unit, "text encoders": encoders(args.batch_size)["flop"]}
-    made |= {"VAE": peak_of_vae(args.batch_size, side)["flop"]}
+    made = {"transformer": (3 * args.num_aux_points + 4) * unit, "text encoders": text["flop"], "VAE": vae["flop"]}
     return {name: flop / sum(made.values()) for name, flop in made.items()}
 
 
 def fit(args: Args, device: torch.device) -> dict:
     """The ladder of what fits where, and the all-reduce on paper: computed, none of it measured."""
     size, made = "sd3.5-medium", []
-    vae = peak_of_vae(args.batch_size, SIDES[size])
+    vae, text = peak_of_vae(args.batch_size, SIDES[size]), encoders(args.batch_size)
     ladder = [(80, False, False, None, False), (80, True, False, None, False), (48, True, True, None, False)]
     ladder += [(24, True, False, 16, False), (24, True, False, 16, True)]
     for gpu, checkpointing, sharded, rank, on_cpu in ladder:
         found, ranks = peak_of_terms(size, args.batch_size, checkpointing, rank), 8 if sharded else 1
-        frozen = vae["weights"] + (0 if on_cpu else 2 * encoders(1)["parameters"])
+        frozen = vae["weights"] + (0 if on_cpu else 2 * text["parameters"])
         peak = max(found["peak"], 4 * found["trained"] + vae["peak"])  # images are encoded while gradients are there
         total = found["weights"] + peak + 8 * found["trained"] / ranks + frozen
         flags = ["--gradient_checkpointing"] * checkpointing + ["--shard_optimizer (8 ranks)"] * sharded
@@ -602,7 +602,7 @@ def fit(args: Args, device: torch.device) -> dict:
         network[n] = {"link": link, "bytes_a_gpu": sent, "seconds": sent / bandwidth}
         print(f"{n} GPUs: 2 ({n} - 1) / {n} x 4 bytes x {parameters / 1e9:.3f} G = {sent / 1e9:.1f} GB a GPU; "
               f"{link}: {1000 * sent / bandwidth:.0f} ms a step")  # fmt: skip
-    share = shares(args, size)
+    share = shares(args, size, text, vae)
     print("of a step's operations: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in share.items()))
     made = {"ladder": made, "all_reduce": network, "share_of_operations": share}
     return {"computed": "not measured", "batch_size": args.batch_size} | made

@@ -120,7 +120,7 @@ def test_frozen_models_have_the_published_sizes_and_operations():
     assert few["flop"] == pytest.approx(2 * 77 * (few["parameters"] - embeddings), rel=0.03)
     assert more["flop"] == 2 * few["flop"]
     assert step_cost.peak_of_vae(2, 8)["flop"] == 2 * step_cost.peak_of_vae(1, 8)["flop"]
-    share = step_cost.shares(Args(), "sd3.5-medium")
+    share = step_cost.shares(Args(), "sd3.5-medium", step_cost.encoders(4), step_cost.peak_of_vae(4, 64))
     assert sum(share.values()) == pytest.approx(1) and share["transformer"] > 0.9
 
 
