@@ -90,9 +90,12 @@ ARMS = {
     "sft": Arm("SFT", SFT),
     "soar": Arm("SOAR"),
     "sft_steps": Arm("SFT, 22/3 of the steps", SFT, steps=22 / 3),
+    "soar_steps": Arm("SOAR, 22/3 of the steps", steps=22 / 3),
     "sft_r0.3": Arm("SFT, a third of the rate", SFT, rate=1 / 3),
     "sft_r2": Arm("SFT, twice the rate", SFT, rate=2.0),
     "soar_w1": Arm("SOAR, w = 1", SoarConfig(guidance_scale=1.0)),
+    "soar_k10": Arm("SOAR, K = 10", SoarConfig(num_sampling_steps=10)),
+    "soar_k4": Arm("SOAR, K = 4", SoarConfig(num_sampling_steps=4)),
     "sft_batch": Arm("SFT, 22/3 of the batch", SFT, batch=22 / 3),
     "soar_l0.3": Arm("SOAR, lambda = 0.3", SoarConfig(lambda_aux=0.3)),
     "soar_u1": Arm("SOAR, sigma' <= sigma0", SoarConfig(sigma_upper_ratio=1.0)),
@@ -121,16 +124,21 @@ class Setting:
     learning_rate: float = 3e-4
     lr_scheduler: str = "linear"
     lr_warmup_steps: int = 10
-    curve: tuple[float, ...] = (0.5,)  # where SFT and SOAR are scored on the way, as shares of their steps
+    curve: tuple[float, ...] = (0.5,)  # where some arms are scored on the way, as shares of their steps
+    curve_arms: tuple[str, ...] = ("sft", "soar")
     curve_seeds: int = 1
+    curve_prompts: int = 240  # some of the prompts, one image each
     unguided: int = 60  # images at guidance 1, for their sharpness
     drift_pairs: int = 24
     diverse_prompts: int = 6  # with IMAGE_SEEDS images each
 
 
 QUICK = Setting(("sft", "soar", "sft_steps"), steps=100, prompts=240, images=1)
-MORE = {"curve": (0.25, 0.5, 0.75), "curve_seeds": 3, "unguided": 120, "drift_pairs": 96, "diverse_prompts": 48}
-SETTINGS = {"quick": QUICK, "full": dataclasses.replace(QUICK, arms=tuple(ARMS), prompts=600, images=2, **MORE)}
+FULL = dataclasses.replace(
+    QUICK, arms=tuple(ARMS), prompts=600, images=2, curve=(0.25, 0.5, 0.75), curve_seeds=3, drift_pairs=96,
+    curve_arms=("sft", "soar", "sft_steps", "soar_steps"), diverse_prompts=24,
+)  # fmt: skip
+SETTINGS = {"quick": QUICK, "full": FULL}
 
 
 @dataclass(frozen=True)
@@ -282,7 +290,7 @@ def chosen(world: World, count: int) -> list[int]:
 
 def sample(
     world: World, transformer, numbers: list[int], images: int, seed: int, guidance_scale: float = GUIDANCE,
-    batch: int = 64,
+    batch: int = 16,
 ) -> list[list[Image.Image]]:  # fmt: skip
     """Images of each prompt, from the noise that sample.py has for this seed, prompt number and image number."""
     work, made = [(i, j) for i in numbers for j in range(images)], []
@@ -386,19 +394,19 @@ def run(folder: Path, name: str, setting: Setting, seed: int) -> float:
     if finished(path, settings):
         return 0.0
     world, weights, arm = shared_world(folder), folder / f"{name}-{seed}.safetensors", ARMS.get(name)
-    curve = {}
-    if arm and not weights.is_file():
+    on_the_way, curve = path.with_suffix(".curve.json"), {}
+    if arm and not (finished(on_the_way, settings) and weights.is_file()):
         kept = train(world, arm, setting, seed)
         *marks, last = sorted(kept)
-        if name in PROBED and seed < setting.curve_seeds:
-            transformer = load_base(world)
+        if name in setting.curve_arms and seed < setting.curve_seeds:
+            transformer, fewer = load_base(world), dataclasses.replace(setting, prompts=setting.curve_prompts, images=1)
             for step in marks:
                 transformer.load_state_dict(kept[step])
-                curve[step] = score(world, transformer, setting, seed)
-        save_whole(json.dumps(curve), folder / f"{name}-{seed}.curve.json")
+                curve[step] = score(world, transformer, fewer, seed)
         save_tensors(kept[last], weights)
+        save_whole(json.dumps({"settings": settings, "curve": curve}), on_the_way)
     elif arm:
-        curve = json.loads((folder / f"{name}-{seed}.curve.json").read_text())
+        curve = finished(on_the_way, settings)["curve"]
     trained = time.perf_counter()
     transformer = load_base(world, weights if arm else None)
     result = {"settings": settings, "curve": curve, **score(world, transformer, setting, seed)}
