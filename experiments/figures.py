@@ -58,30 +58,27 @@ def geometry(path: Path) -> None:
 
 
 def score(result: dict, path: Path) -> None:
-    """Score over steps, the mean over the seeds that have every point; bands are +- one standard error over prompts."""
-    setting, fig = result["setting"], plt.figure(figsize=(8, 3.4))
-    ax = fig.add_subplot()
-    base = result["arms"]["base"]
-    for name in ("sft", "soar"):
-        if name not in result["arms"]:
-            continue
-        arm, curves = result["arms"][name], result["curves"].get(name, {})
-        seeds = [seed for seed in curves if int(seed) in arm["seeds"] and int(seed) in base["seeds"]]
-        first, last = ([x["by_seed"][x["seeds"].index(int(s))] for s in seeds] for x in (base, arm))
-        steps = sorted({int(step) for seed in seeds for step in curves[seed]})
-        inner = [[curves[seed][str(step)]["score"] for seed in seeds] for step in steps]
-        y = 100 * np.array([np.mean(x) for x in (first, *inner, last)])
-        error = np.sqrt(y * (100 - y) / (setting["prompts"] * setting["images"] * max(len(seeds), 1)))
-        xs = [0, *steps, setting["steps"]]
-        ax.plot(xs, y, "o-", color=COLORS[name], label=f"{NAMES[name]}, {len(seeds)} seed{'s' * (len(seeds) != 1)}")
-        ax.fill_between(xs, y - error, y + error, color=COLORS[name], alpha=0.15, lw=0)
-    for i, name in enumerate(("base", "sft", "soar")):
-        if name in result["arms"]:
-            arm = result["arms"][name]
-            xs, ys = [setting["steps"] * (1.05 + 0.05 * i)] * len(arm["by_seed"]), 100 * np.array(arm["by_seed"])
-            ax.plot(xs, ys, "_", ms=12, mew=2, color=COLORS[name], label=f"{NAMES[name]}, each seed at the end")
-    ax.set(xlabel="step", ylabel="score, %")
-    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Score and sharpness over steps, the means over seeds that have every point: one column for the arms of equal
+    steps, one for the longer ones where they are there. Bands are +- one standard error over images."""
+    setting, curves, real = result["setting"], result["curves"], result["training_sharpness"]
+    columns = [pair for pair in (("sft", "soar"), ("sft_steps", "soar_steps")) if any(name in curves for name in pair)]
+    fig, axes = plt.subplots(2, max(len(columns), 1), figsize=(8, 5.2), squeeze=False, sharex="col", sharey="row")
+    for column, pair in zip(axes.T, columns):
+        for name in [name for name in pair if name in curves]:
+            seeds, color = list(curves[name].values()), COLORS[name.removesuffix("_steps")]
+            steps = sorted(int(step) for step in seeds[0])
+            mean = lambda key: np.mean([[x[str(step)][key] for step in steps] for x in seeds], axis=0)  # noqa: E731
+            y = mean("score")
+            error = np.sqrt(y * (1 - y) / (setting["curve_prompts"] * len(seeds)))
+            label = f"{NAMES[name.removesuffix('_steps')]}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+            column[0].plot(steps, 100 * y, "o-", color=color, label=label)
+            column[0].fill_between(steps, 100 * (y - error), 100 * (y + error), color=color, alpha=0.15, lw=0)
+            for key, style in (("sharpness", "o-"), ("sharpness_unguided", "o--")):
+                column[1].plot(steps, mean(key) / real, style, color=color, ms=4)
+        column[0].legend(frameon=False, loc="lower right")
+        column[1].set_xlabel("step (dashed: guidance 1)")
+    axes[0, 0].set_ylabel("score, %")
+    axes[1, 0].set_ylabel("sharpness, training images = 1")
     save(fig, path)
 
 

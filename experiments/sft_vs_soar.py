@@ -429,6 +429,24 @@ def rates(correct: list[str]) -> np.ndarray:
     return np.array([np.mean([int(c) for c in word]) for word in correct])
 
 
+def curves(world: World, runs: dict, setting: Setting) -> dict:
+    """{arm: {seed: {step: score, sharpness, sharpness_unguided}}} from the base, step 0, to the end, for what has
+    points on the way; scores are of the first image of the curve's prompts."""
+    fewer, made = set(chosen(world, setting.curve_prompts)), {}
+    kept = [k for k, i in enumerate(chosen(world, setting.prompts)) if i in fewer]
+    for name in setting.curve_arms:
+        for seed, x in runs.get(name, {}).items():
+            if not x["curve"] or seed not in runs.get("base", {}):
+                continue
+            ends = {0: runs["base"][seed], round(ARMS[name].steps * setting.steps): x}
+            ends = {step: y | {"correct": [y["correct"][k][0] for k in kept]} for step, y in ends.items()}
+            points = sorted((ends | {int(step): y for step, y in x["curve"].items()}).items())
+            made.setdefault(name, {})[seed] = {step: {
+                "score": float(rates(y["correct"]).mean()), "sharpness": y["sharpness"],
+                "sharpness_unguided": y["sharpness_unguided"]} for step, y in points}  # fmt: skip
+    return made
+
+
 def collect(folder: Path, setting: Setting) -> dict:
     """Everything that the table and the figures need, from the runs that are finished."""
     runs = {name: [finished(folder / f"{name}-{seed}.json", run_settings(name, setting, seed))
@@ -453,10 +471,7 @@ def collect(folder: Path, setting: Setting) -> dict:
         summary[name] = row
     result = {"setting": dataclasses.asdict(setting), "commit": commit(), "arms": summary}
     result |= training_sharpness(world)
-    result["curves"] = {name: {seed: {step: {"score": float(rates(y["correct"]).mean()), "sharpness": y["sharpness"],
-                                             "sharpness_unguided": y["sharpness_unguided"]}
-                                      for step, y in x["curve"].items()} for seed, x in found.items() if x["curve"]}
-                        for name, found in runs.items()}  # fmt: skip
+    result["curves"] = curves(world, runs, setting)
     result["drift"] = {name: runs[name][0]["drift"] for name in PROBED if 0 in runs.get(name, {})}
     folders = {name: folder / "diversity" / name for name in result["drift"]}
     if len(folders) > 1:

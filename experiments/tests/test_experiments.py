@@ -29,8 +29,8 @@ from experiments.tests.common import MODEL, small_world
 from soar import SoarConfig
 
 TINY = experiment.Setting(
-    ("sft", "soar"), steps=2, prompts=6, images=1, seeds=2, batch=2, curve=(0.5,), unguided=1, drift_pairs=2,
-    diverse_prompts=1,
+    ("sft", "soar"), steps=2, prompts=6, images=1, seeds=2, batch=2, curve=(0.5,), curve_prompts=3, unguided=1,
+    drift_pairs=2, diverse_prompts=1,
 )  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
         "soar": {}, "soar_weighted": {}, "soar_w1": {"guidance_scale": 1}, "soar_sde": {"num_rollout_paths": 2},
         "soar_fresh": {"num_rollout_paths": 2, "shared_noise": False}, "soar_n1": {"num_aux_points": 1},
         "soar_n3": {"num_aux_points": 3}, "soar_l0.1": {"lambda_aux": 0.1}, "soar_l0.3": {"lambda_aux": 0.3},
+        "soar_steps": {"steps": 22 / 3}, "soar_k10": {"num_sampling_steps": 10}, "soar_k4": {"num_sampling_steps": 4},
         "soar_l2": {"lambda_aux": 2}, "soar_u1": {"sigma_upper_ratio": 1}, "soar_u1.5": {"sigma_upper_ratio": 1.5},
     }  # fmt: skip
     compute = {name: experiment.ARMS[name].compute() for name in ("sft", "soar", "sft_steps", "sft_batch", "soar_w1")}
@@ -261,17 +262,28 @@ def test_runs_go_on_from_what_is_finished(world, few_steps, tmp_path, monkeypatc
     (tmp_path / "sft-0.json").unlink()
     (tmp_path / "sft-0.safetensors").unlink()
     experiment.run(tmp_path, "sft", TINY, 0)
+    other = dataclasses.replace(TINY, learning_rate=1.0)
+    with pytest.raises(ValueError, match="sft-1.json was made with other settings"):
+        experiment.run(tmp_path, "sft", other, 1)
+    kept = (tmp_path / "sft-1.json").read_text()
+    (tmp_path / "sft-1.json").unlink()
+    with pytest.raises(ValueError, match="sft-1.curve.json was made with other settings"):  # and so are its weights
+        experiment.run(tmp_path, "sft", other, 1)
+    (tmp_path / "sft-1.json").write_text(kept)
     after = json.loads((tmp_path / "sft-0.json").read_text())
     assert len(trained) == 4 and before.pop("seconds") and after.pop("seconds") and before == after
-    with pytest.raises(ValueError, match="other settings"):
-        experiment.run(tmp_path, "sft", dataclasses.replace(TINY, learning_rate=1.0), 0)
 
     result = json.loads(json.dumps(experiment.collect(tmp_path, TINY)))
     rows = figures.table(result).splitlines()
     assert [row.split(" | ")[:3] for row in rows[2:]] == [
         ["| base", "0.0", "2"], ["| SFT", "1.0", "2"], ["| SOAR", "7.3", "1"]]  # fmt: skip
     assert set(result["drift"]) == set(result["diversity"]) == {"base", "sft", "soar"}
-    assert result["curves"]["sft"]["0"]["1"]["score"] == np.mean([int(x) for x in after["curve"]["1"]["correct"]])
+    assert {name: list(found) for name, found in result["curves"].items()} == {"sft": ["0"], "soar": ["0"]}
+    points, base = result["curves"]["sft"]["0"], json.loads((tmp_path / "base-0.json").read_text())
+    scores = {"0": base["correct"][::2], "1": after["curve"]["1"]["correct"], "2": after["correct"][::2]}
+    assert {step: x["score"] for step, x in points.items()} == {
+        step: np.mean([int(x) for x in correct]) for step, correct in scores.items()}  # fmt: skip
+    assert len(scores["1"]) == 3 and points["2"]["sharpness"] == after["sharpness"]
     figures.draw_all(result, tmp_path, tmp_path / "figures")
     for name in ("geometry", "score", "drift", "sheet"):
         with Image.open(tmp_path / f"figures/{name}.png") as image:
