@@ -8,7 +8,7 @@ weights (of seed 0) are asked for the velocity there. Mean squared errors, over 
     off      of the auxiliary terms: at z', against v_corr
     on       of SFT terms at the same sigma', at the ideal state, against z1 - z0
     target   of v_corr against z1 - z0: what tells an auxiliary term's target from an SFT term's
-off - on is what being off the path costs.
+off - on is what being off the path costs. All of it for rollout steps of 1 / K in t, by default three K.
 """
 
 import json
@@ -29,6 +29,8 @@ class Args:
     folder: tyro.conf.Positional[Path]
     """Of a finished setting of experiments.sft_vs_soar."""
     arms: tuple[str, ...] = ("base", "sft", "soar", "sft_steps")
+    num_sampling_steps: tuple[int, ...] = (40, 10, 4)
+    """K of the rollout."""
     pairs: int = 96
     output_dir: Path | None = None
     """Where off_path.json is written, by default the folder."""
@@ -37,14 +39,16 @@ class Args:
         missing = [arm for arm in self.arms if arm != "base" and not (self.folder / f"{arm}-0.safetensors").is_file()]
         if missing:
             raise ValueError(f"--arms {missing[0]}: {self.folder / missing[0]}-0.safetensors is not there")
+        if not self.num_sampling_steps or min(self.num_sampling_steps) < 1:
+            raise ValueError(f"--num_sampling_steps is {self.num_sampling_steps}, expected numbers from 1 up")
         if self.pairs < 1:
             raise ValueError(f"--pairs is {self.pairs}, expected at least 1")
 
 
 @torch.no_grad()
-def measure(world: World, args: Args) -> dict[str, dict[str, float]]:
-    """{arm: {"sft", "off", "on", "target"}}."""
-    config = SoarConfig()
+def measure(world: World, args: Args, num_sampling_steps: int) -> dict[str, dict[str, float]]:
+    """{arm: {"sft", "off", "on", "target"}}, for one K."""
+    config = SoarConfig(num_sampling_steps=num_sampling_steps)
     z0, cond = held_out(world, args.pairs)
     draws, uncond, states = draw(z0.shape, config, seeded("off_path")), world.cond([""] * args.pairs), []
 
@@ -73,13 +77,16 @@ def measure(world: World, args: Args) -> dict[str, dict[str, float]]:
 
 
 def main(args: Args) -> None:
-    made = measure(load_world(args.folder / "world.safetensors"), args)
-    for arm, row in made.items():
-        print(f"{arm:<14} " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
-              + f"  off - on {row['off'] - row['on']:.4f}")  # fmt: skip
+    world, made = load_world(args.folder / "world.safetensors"), {}
+    for steps in args.num_sampling_steps:
+        made[steps] = measure(world, args, steps)
+        for arm, row in made[steps].items():
+            print(f"K = {steps:<3} {arm:<14} " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+                  + f"  off - on {row['off'] - row['on']:.4f}")  # fmt: skip
     output_dir = args.output_dir or args.folder
     output_dir.mkdir(parents=True, exist_ok=True)
-    save_whole(json.dumps({"pairs": args.pairs, "arms": made}, indent=1) + "\n", output_dir / "off_path.json")
+    result = {"pairs": args.pairs, "num_sampling_steps": made}
+    save_whole(json.dumps(result, indent=1) + "\n", output_dir / "off_path.json")
 
 
 if __name__ == "__main__":

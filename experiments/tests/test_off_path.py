@@ -16,18 +16,18 @@ def world(tmp_path_factory):
     return small_world(tmp_path_factory.mktemp("data") / "few")
 
 
-@pytest.mark.parametrize("bias", [0.0, 0.5])
-def test_errors_are_those_of_a_model_that_is_off_by_a_constant(world, tmp_path, monkeypatch, bias):
+@pytest.mark.parametrize("bias, steps", [(0.0, 40), (0.5, 40), (0.5, 4)])
+def test_errors_are_those_of_a_model_that_is_off_by_a_constant(world, tmp_path, monkeypatch, bias, steps):
     pairs, config = 3, SoarConfig()
     z0, _ = held_out(world, pairs)
     draws = draw(z0.shape, config, seeded("off_path"))
     exact = draws.z1 - z0
     monkeypatch.setattr(off_path, "load_base", lambda world, weights: lambda z, **_: (exact + bias,))
     monkeypatch.setattr(off_path, "load_world", lambda path: world)
-    off_path.main(off_path.Args(tmp_path, arms=("base",), pairs=pairs))
-    row = json.loads((tmp_path / "off_path.json").read_text())["arms"]["base"]
+    off_path.main(off_path.Args(tmp_path, arms=("base",), num_sampling_steps=(10, steps), pairs=pairs))
+    row = json.loads((tmp_path / "off_path.json").read_text())["num_sampling_steps"][str(steps)]["base"]
     sigma0 = sigma_from_t(draws.t)
-    sigma1 = sigma_from_t((draws.t - 1 / 40).clamp(min=config.t_min))
+    sigma1 = sigma_from_t((draws.t - 1 / steps).clamp(min=config.t_min))
     sigma = sigma1 + draws.u[0] * (1 - sigma1)
     # z_hat is off by (sigma1 - sigma0) bias, of which (1 - sigma') / (1 - sigma1) is left at sigma'.
     shift = (sigma1 - sigma0) * bias * (1 - sigma) / (1 - sigma1) / sigma
@@ -36,8 +36,11 @@ def test_errors_are_those_of_a_model_that_is_off_by_a_constant(world, tmp_path, 
     assert row["off"] == pytest.approx(((bias - shift) ** 2).mean().item(), rel=1e-3, abs=1e-7)
 
 
-def test_arms_without_weights_and_no_pairs_are_refused(tmp_path):
+def test_arms_without_weights_and_counts_below_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--arms soar: .*soar-0.safetensors is not there"):
         off_path.Args(tmp_path, arms=("base", "soar"))
+    for wrong in ((), (40, 0)):
+        with pytest.raises(ValueError, match="--num_sampling_steps is"):
+            off_path.Args(tmp_path, arms=("base",), num_sampling_steps=wrong)
     with pytest.raises(ValueError, match="--pairs is 0"):
         off_path.Args(tmp_path, arms=("base",), pairs=0)
