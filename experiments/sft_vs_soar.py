@@ -441,7 +441,7 @@ def curves(world: World, runs: dict, setting: Setting) -> dict:
             ends = {0: runs["base"][seed], round(ARMS[name].steps * setting.steps): x}
             ends = {step: y | {"correct": [y["correct"][k][0] for k in kept]} for step, y in ends.items()}
             points = sorted((ends | {int(step): y for step, y in x["curve"].items()}).items())
-            made.setdefault(name, {})[seed] = {step: {
+            made.setdefault(name, {})[str(seed)] = {str(step): {
                 "score": float(rates(y["correct"]).mean()), "sharpness": y["sharpness"],
                 "sharpness_unguided": y["sharpness_unguided"]} for step, y in points}  # fmt: skip
     return made

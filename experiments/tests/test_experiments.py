@@ -274,7 +274,8 @@ def test_runs_go_on_from_what_is_finished(world, few_steps, tmp_path, monkeypatc
     after = json.loads((tmp_path / "sft-0.json").read_text())
     assert len(trained) == 4 and before.pop("seconds") and after.pop("seconds") and before == after
 
-    result = json.loads(json.dumps(experiment.collect(tmp_path, TINY)))
+    result = experiment.collect(tmp_path, TINY)
+    assert json.loads(json.dumps(result["curves"])) == result["curves"]  # figures are drawn from it, and from the file
     rows = figures.table(result).splitlines()
     assert [row.split(" | ")[:3] for row in rows[2:]] == [
         ["| base", "0.0", "2"], ["| SFT", "1.0", "2"], ["| SOAR", "7.3", "1"]]  # fmt: skip
