@@ -1,4 +1,4 @@
-"""Every code block of README.md and experiments/recipes.md runs, on small models of diffusers' classes; check_velocity.
+"""Every code block of README.md, evaluation.md and recipes.md runs, on small models of diffusers' classes; check_velocity.
 
     python -m experiments.tests.test_recipes        # writes the tables of recipes.md anew
 
@@ -67,7 +67,8 @@ def blocks(path: Path, *languages: str) -> dict[str, str]:
     return found
 
 
-PYTHON = blocks(ROOT / "README.md", "python", "py") | blocks(RECIPES, "python", "py")
+PAGES = (ROOT / "README.md", RECIPES, RECIPES.with_name("evaluation.md"))
+PYTHON = {name: text for page in PAGES for name, text in blocks(page, "python", "py").items()}
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -120,7 +121,7 @@ class SD3(Trainer):
             "prompt_embeds": cond[0], "pooled_prompt_embeds": cond[1],
             "empty_embeds": uncond[0], "empty_pooled_embeds": uncond[1],
             # the README's blocks have these
-            "z0": self.z0, "cond": dict(zip(keys, cond)), "uncond": dict(zip(keys, uncond)),
+            "device": "cpu", "seed": 0, "rank": 0, "z0": self.z0, "cond": dict(zip(keys, cond)), "uncond": dict(zip(keys, uncond)),
         }  # fmt: skip
 
     def own_loss(self, names, draws, sigma):
@@ -383,7 +384,8 @@ TRAINERS = {  # the block: the trainers it is run in
     "recipes.md: A model that predicts noise or clean data #2": [CleanData],
     "recipes.md: Known regions": [KnownRegion],
 }
-OTHERS = {"README.md: Evaluation", "recipes.md: SOAR in other trainers", "recipes.md: The shift"}  # with own tests
+DIFFUSERS = "evaluation.md: From a checkpoint into diffusers"
+OTHERS = {DIFFUSERS, "recipes.md: SOAR in other trainers", "recipes.md: The shift"}  # with own tests
 CASES = [pytest.param(block, cls, id=f"{block}, {cls.__name__}") for block, x in TRAINERS.items() for cls in x]
 
 
@@ -867,9 +869,7 @@ def test_the_block_that_takes_a_checkpoint_into_diffusers_runs(tmp_path, monkeyp
     model = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer")
     model.proj_out.bias.data += 0.5
     model.save_pretrained("output/soar/final/transformer")
-    names = {"torch": torch, "SD3Transformer2DModel": SD3Transformer2DModel}
-    names["StableDiffusion3Pipeline"] = StableDiffusion3Pipeline
-    text = PYTHON["README.md: Evaluation"]
+    text, names = PYTHON[DIFFUSERS], {}
     hub_id = "stabilityai/stable-diffusion-3.5-medium"
     assert text.count(hub_id) == 1
     exec(text.replace(hub_id, str(DATA / "model")), names)
@@ -878,9 +878,9 @@ def test_the_block_that_takes_a_checkpoint_into_diffusers_runs(tmp_path, monkeyp
     assert torch.equal(saved.proj_out.bias, model.proj_out.bias.bfloat16().float())
 
 
-def test_readme_commands_have_flags_that_exist():
+def test_commands_in_the_pages_have_flags_that_exist():
     found = 0
-    for text in (blocks(ROOT / "README.md", "bash", "sh", "shell") | blocks(RECIPES, "bash", "sh", "shell")).values():
+    for text in [text for page in PAGES for text in blocks(page, "bash", "sh", "shell").values()]:
         for command in re.split(r"&&|\n", text.replace("\\\n", " ")):
             words = shlex.split(command, comments=True)
             for script, module in (("train.py", train), ("sample.py", sample)):
