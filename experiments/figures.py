@@ -61,21 +61,23 @@ def score(result: dict, path: Path) -> None:
     """Score and sharpness over steps, the means over seeds that have every point: one column for the arms of equal
     steps, one for the longer ones where they are there. Bands are +- one standard error over images."""
     setting, curves, real = result["setting"], result["curves"], result["training_sharpness"]
-    columns = [pair for pair in (("sft", "soar"), ("sft_steps", "soar_steps")) if any(name in curves for name in pair)]
+    longer = [name for name in curves if name.endswith("_steps")]
+    columns = [names for names in ([name for name in curves if name not in longer], longer) if names]
     fig, axes = plt.subplots(2, max(len(columns), 1), figsize=(8, 5.2), squeeze=False, sharex="col", sharey="row")
-    for column, pair in zip(axes.T, columns):
-        for name in [name for name in pair if name in curves]:
-            seeds, color = list(curves[name].values()), COLORS[name.removesuffix("_steps")]
+    for column, names in zip(axes.T, columns):
+        others = iter(("#2a9d5c", "#8a4fbf", "#c2185b"))
+        for name in names:
+            seeds, color = list(curves[name].values()), COLORS.get(name.removesuffix("_steps")) or next(others)
             steps = sorted(int(step) for step in seeds[0])
             mean = lambda key: np.mean([[x[str(step)][key] for step in steps] for x in seeds], axis=0)  # noqa: E731
             y = mean("score")
             error = np.sqrt(y * (1 - y) / (setting["curve_prompts"] * len(seeds)))
-            label = f"{NAMES[name.removesuffix('_steps')]}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+            label = f"{result['arms'][name]['label']}; {len(seeds)} seed{'s' * (len(seeds) != 1)}"
             column[0].plot(steps, 100 * y, "o-", color=color, label=label)
             column[0].fill_between(steps, 100 * (y - error), 100 * (y + error), color=color, alpha=0.15, lw=0)
             for key, style in (("sharpness", "o-"), ("sharpness_unguided", "o--")):
                 column[1].plot(steps, mean(key) / real, style, color=color, ms=4)
-        column[0].legend(frameon=False, loc="lower right")
+        column[0].legend(frameon=False, loc="lower right", fontsize=8)
         column[1].set_xlabel("step (dashed: guidance 1)")
     axes[0, 0].set_ylabel("score, %")
     axes[1, 0].set_ylabel("sharpness, training images = 1")

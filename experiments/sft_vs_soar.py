@@ -2,6 +2,7 @@
 
     python -m experiments.sft_vs_soar --setting quick          # under 20 minutes on two cores
     python -m experiments.sft_vs_soar --setting full           # the same runs and every other arm, more images: hours
+    python -m experiments.sft_vs_soar --setting blur           # sharpness over 300 steps, and the cures
     python -m experiments.sft_vs_soar --setting quick --arms soar_n1 soar_l0.3
 
 An arm is a training run on the curated pairs; its steps are train.py's, with the same random numbers, in one process
@@ -138,12 +139,16 @@ FULL = dataclasses.replace(
     QUICK, arms=tuple(ARMS), prompts=600, images=2, curve=(0.25, 0.5, 0.75), curve_seeds=3, drift_pairs=96,
     curve_arms=("sft", "soar", "sft_steps", "soar_steps"), diverse_prompts=24,
 )  # fmt: skip
-SETTINGS = {"quick": QUICK, "full": FULL}
+BLUR = dataclasses.replace(
+    QUICK, arms=("sft", "soar", "soar_l0.3", "soar_u1", "soar_w1"), steps=300, seeds=1, prompts=60, curve_prompts=60,
+    curve=(1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6), curve_arms=("sft", "soar", "soar_l0.3", "soar_u1", "soar_w1"),
+)  # fmt: skip
+SETTINGS = {"quick": QUICK, "full": FULL, "blur": BLUR}
 
 
 @dataclass(frozen=True)
 class Args:
-    setting: Literal["quick", "full"] = "quick"
+    setting: Literal["quick", "full", "blur"] = "quick"
     output_dir: Path = Path("output/sft_vs_soar")
     """Where runs are kept, in a folder named after the setting."""
     arms: tuple[str, ...] = ()

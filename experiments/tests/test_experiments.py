@@ -290,6 +290,11 @@ def test_runs_go_on_from_what_is_finished(world, few_steps, tmp_path, monkeypatc
     for name in ("geometry", "score", "drift", "sheet"):
         with Image.open(tmp_path / f"figures/{name}.png") as image:
             assert 700 <= image.width <= 900 and len(np.unique(np.asarray(image.convert("L")))) > 50
+    plain = (tmp_path / "figures/score.png").read_bytes()
+    for more in ("sft_steps", "soar_l0.3"):  # a column of its own, and a further line
+        result["curves"][more], result["arms"][more] = result["curves"]["soar"], result["arms"]["soar"]
+        figures.score(result, tmp_path / "score.png")
+        assert plain != (plain := (tmp_path / "score.png").read_bytes())
 
 
 def test_unknown_arms_are_refused_by_name():

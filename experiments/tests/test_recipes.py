@@ -1,4 +1,4 @@
-"""Every code block of README.md, evaluation.md and recipes.md runs, on small models of diffusers' classes; check_velocity.
+"""Every code block of the README, evaluation.md and recipes.md runs, on small models of diffusers' classes.
 
     python -m experiments.tests.test_recipes        # writes the tables of recipes.md anew
 
@@ -121,7 +121,8 @@ class SD3(Trainer):
             "prompt_embeds": cond[0], "pooled_prompt_embeds": cond[1],
             "empty_embeds": uncond[0], "empty_pooled_embeds": uncond[1],
             # the README's blocks have these
-            "device": "cpu", "seed": 0, "rank": 0, "z0": self.z0, "cond": dict(zip(keys, cond)), "uncond": dict(zip(keys, uncond)),
+            "device": "cpu", "seed": 0, "rank": 0,
+            "z0": self.z0, "cond": dict(zip(keys, cond)), "uncond": dict(zip(keys, uncond)),
         }  # fmt: skip
 
     def own_loss(self, names, draws, sigma):
