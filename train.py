@@ -8,9 +8,10 @@ are the published run: 8 GPUs x 4 images, 5,000 steps. A run that was killed, or
 goes on from its last checkpoint when the same command is given again.
 
 Written to output_dir: checkpoint-NNNNNN/{transformer/, optimizer.safetensors, trainer_state.json}, with --lora_rank
-pytorch_lora_weights.safetensors in place of transformer/; final, a link to the last; metrics.jsonl and tensorboard/;
-validation-NNNNNN.png. Every random number is a function of (seed, step, sample): the number of GPUs changes only the
-order of sums.
+pytorch_lora_weights.safetensors in place of transformer/; final, a link to the last; settings.json; metrics.jsonl and
+tensorboard/, with the loss, the base and auxiliary errors, both also by quarter of sigma (1 is the cleanest), gradient
+norm, rates and memory; with --validation_prompts validation-NNNNNN.png. Every random number is a function of (seed,
+step, sample): the number of GPUs changes only the order of sums.
 """
 
 import contextlib
@@ -254,12 +255,16 @@ def save_checkpoint(path: Path, transformer: SD3Transformer2DModel, moments: dic
 def find_start(args: Args) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; reads names only.
 
-    Raises ValueError, FileNotFoundError: output_dir is in other use, or --resume_from_checkpoint is not complete."""
+    Raises ValueError, FileNotFoundError: output_dir is in other use, or a checkpoint in it, or the one given, is not
+    complete."""
     used, own = args.output_dir.is_dir() and any(args.output_dir.iterdir()), checkpoints(args.output_dir)
     if used and args.resume_from_checkpoint == "none":
         raise ValueError(f"--output_dir {args.output_dir} is not empty, and --resume_from_checkpoint is none")
     if used and not (args.output_dir / "settings.json").is_file():
         raise ValueError(f"--output_dir {args.output_dir} is not empty and holds no run: settings.json is not there")
+    broken = [path for path in sorted(args.output_dir.glob("checkpoint-[0-9]*")) if path not in own]
+    if broken:
+        raise FileNotFoundError(f"{broken[0]} is incomplete: it has no trainer_state.json. Complete it, or delete it")
     if args.resume_from_checkpoint in ("latest", "none"):
         return own[-1] if own else None
     path = Path(args.resume_from_checkpoint)

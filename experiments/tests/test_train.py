@@ -312,7 +312,10 @@ def test_metrics_of_steps_after_the_checkpoint_and_half_saved_checkpoints_are_cl
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n{line[:9]}")
     (tmp_path / "run" / ".checkpoint-000004" / "transformer").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoint-000003").mkdir()  # no state file: not a checkpoint
+    (tmp_path / "run" / "checkpoint-000003" / "transformer").mkdir(parents=True)  # copied in part
+    with pytest.raises(FileNotFoundError, match="checkpoint-000003 is incomplete: it has no trainer_state.json"):
+        run(tmp_path / "run", **(flags | {"max_train_steps": 4}))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-000003")
     run(tmp_path / "run", **(flags | {"max_train_steps": 4}))
     assert [x["step"] for x in lines(tmp_path / "run")] == [1, 2, 3, 4] and lines(tmp_path / "run")[2]["loss"] > 0
     assert [x.name for x in train.checkpoints(tmp_path / "run")] == ["checkpoint-000002", "checkpoint-000004"]
