@@ -81,6 +81,7 @@ def kill(root: Path, args: Args) -> list[str]:
         while_saving += any(folder.glob(".checkpoint-*"))
         assert steps_saved(folder) >= before, f"checkpoint {before} is gone"
         worst = max(worst, steps_done(folder) - steps_saved(folder))
+    assert worst <= INTERVAL, f"{worst} steps are lost, of an interval of {INTERVAL}"
     steps = steps_saved(folder) + 1
     for name in ("killed", "whole"):
         flags = FLAGS | {"max_train_steps": steps, "output_dir": root / name}
@@ -99,7 +100,8 @@ def signals(root: Path, args: Args) -> list[str]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for target in ("one rank", "both ranks", "torchrun"):
             folder = root / f"{number.name} {target}".replace(" ", "-")
-            launcher = "--standalone --nproc_per_node 2 --signals_to_handle SIGTERM,SIGINT,SIGUSR1 train.py".split()
+            launcher = "--standalone --nproc_per_node 2 --signals_to_handle".split()
+            launcher += ["SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "train.py"]
             flags = [str(word) for name, x in (FLAGS | {"output_dir": folder}).items() for word in (f"--{name}", x)]
             process = start(1, "-m", "torch.distributed.run", *launcher, *flags)
             wait(process, lambda: steps_done(folder) > INTERVAL)
