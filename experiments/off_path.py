@@ -7,8 +7,10 @@ weights (of seed 0) are asked for the velocity there. Mean squared errors, over 
     sft      of the base term, at sigma0
     off      of the auxiliary terms: at z', against v_corr
     on       of SFT terms at the same sigma', at the ideal state, against z1 - z0
+    blind    of the velocity at the ideal state, against v_corr: of a model that does not see that it is off
     target   of v_corr against z1 - z0: what tells an auxiliary term's target from an SFT term's
-off - on is what being off the path costs. All of it for rollout steps of 1 / K in t, by default three K.
+off - on is what being off the path costs, blind - off what the model mends of it. All of it for rollout steps of 1 / K
+in t, by default three K.
 """
 
 import json
@@ -47,7 +49,7 @@ class Args:
 
 @torch.no_grad()
 def measure(world: World, args: Args, num_sampling_steps: int) -> dict[str, dict[str, float]]:
-    """{arm: {"sft", "off", "on", "target"}}, for one K."""
+    """{arm: {"sft", "off", "on", "blind", "target"}}, for one K."""
     config = SoarConfig(num_sampling_steps=num_sampling_steps)
     z0, cond = held_out(world, args.pairs)
     draws, uncond, states = draw(z0.shape, config, seeded("off_path")), world.cond([""] * args.pairs), []
@@ -71,7 +73,9 @@ def measure(world: World, args: Args, num_sampling_steps: int) -> dict[str, dict
         velocity = velocity_of(arm)
         row = {"sft": mse(velocity(z, sigma0, cond), ideal)}
         row["off"] = mean([mse(velocity(x, s, cond), target) for (x, s), target in zip(points, targets)])
-        row["on"] = mean([mse(velocity(interpolate(z0, draws.z1, s), s, cond), ideal) for _, s in points])
+        at_ideal = [velocity(interpolate(z0, draws.z1, s), s, cond) for _, s in points]
+        row["on"] = mean([mse(v, ideal) for v in at_ideal])
+        row["blind"] = mean([mse(v, target) for v, target in zip(at_ideal, targets)])
         made[arm] = row | {"target": mean([mse(target, ideal) for target in targets])}
     return made
 
@@ -81,8 +85,8 @@ def main(args: Args) -> None:
     for steps in args.num_sampling_steps:
         made[steps] = measure(world, args, steps)
         for arm, row in made[steps].items():
-            print(f"K = {steps:<3} {arm:<14} " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
-                  + f"  off - on {row['off'] - row['on']:.4f}")  # fmt: skip
+            row = row | {"off - on": row["off"] - row["on"], "blind - off": row["blind"] - row["off"]}
+            print(f"K = {steps:<3} {arm:<14} " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
     output_dir = args.output_dir or args.folder
     output_dir.mkdir(parents=True, exist_ok=True)
     result = {"pairs": args.pairs, "num_sampling_steps": made}

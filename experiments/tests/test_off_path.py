@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from experiments import off_path
 from experiments.sd3 import seeded
@@ -34,6 +35,22 @@ def test_errors_are_those_of_a_model_that_is_off_by_a_constant(world, tmp_path, 
     assert row["sft"] == pytest.approx(bias**2, abs=1e-9) and row["on"] == pytest.approx(bias**2, abs=1e-9)
     assert row["target"] == pytest.approx((shift**2).mean().item(), rel=1e-3, abs=1e-7)
     assert row["off"] == pytest.approx(((bias - shift) ** 2).mean().item(), rel=1e-3, abs=1e-7)
+    assert row["blind"] == pytest.approx(row["off"], rel=1e-6, abs=1e-9)
+
+
+def test_a_model_that_mends_all_errs_only_where_it_is_blind(world, tmp_path, monkeypatch):
+    pairs, bias = 3, 0.5
+    z0, _ = held_out(world, pairs)
+    empty = world.cond([""] * pairs)["pooled_projections"]
+
+    def model(z, timestep, pooled_projections, **_):
+        wrong = bias * torch.equal(pooled_projections, empty)  # so that the guided step leaves the path
+        return ((z - z0) / (timestep / 1000).view(-1, 1, 1, 1) + wrong,)
+
+    monkeypatch.setattr(off_path, "load_base", lambda world, weights: model)
+    (row,) = off_path.measure(world, off_path.Args(tmp_path, arms=("base",), pairs=pairs), 10).values()
+    assert row["off"] < 1e-6 and row["on"] < 1e-6 and row["target"] > 0.01
+    assert row["blind"] == pytest.approx(row["target"], rel=1e-3)
 
 
 def test_arms_without_weights_and_counts_below_one_are_refused(tmp_path):
