@@ -374,7 +374,6 @@ def pipeline_step(pipe, z1, **call):
 
 TRAINERS = {  # the block: the trainers it is run in
     "README.md: The method": [SD3],
-    "README.md: Copy it": [SD3],
     "recipes.md: Stable Diffusion 3 and 3.5": [SD3, PreconditionedSD3],
     "recipes.md: Flux.1-dev": [Flux],
     "recipes.md: Qwen-Image": [Qwen],
