@@ -409,7 +409,6 @@ def run_block(text, trainer, monkeypatch, change=lambda draws: draws, **fields):
     with monkeypatch.context() as patch:
         for name, value in recorded.items():
             patch.setattr(soar, name, value)
-            names[name] = value
         exec(compile(text, "block", "exec"), names)
     return arguments, terms, names
 
