@@ -2,7 +2,7 @@
 
     python -m experiments.sft_vs_soar --setting quick          # under 20 minutes on two cores
     python -m experiments.sft_vs_soar --setting full           # the same runs and every other arm, more images: hours
-    python -m experiments.sft_vs_soar --setting blur           # sharpness over 300 steps, and the cures
+    python -m experiments.sft_vs_soar --setting blur           # sharpness over 300 steps, with reported cures
     python -m experiments.sft_vs_soar --setting quick --arms soar_n1 soar_l0.3
 
 An arm is a training run on the curated pairs; its steps are train.py's, with the same random numbers, in one process
