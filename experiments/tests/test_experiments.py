@@ -312,15 +312,16 @@ def test_seeds_of_images_and_training_are_apart():
 
 def test_the_pages_tables_are_those_of_the_results_files():
     results = DATA.parent / "results"
-    tables = [figures.table(json.loads(path.read_text())) for path in sorted(results.glob("sft_vs_soar_*.json"))]
-    head, known = tables[0].splitlines()[0], {line for table in tables for line in table.splitlines()}
+    files = results.glob("sft_vs_soar_*.json")
+    tables = {path.stem: figures.table(json.loads(path.read_text())).splitlines() for path in files}
+    head, *full = tables["sft_vs_soar_full"]
+    known = set().union(*tables.values())
     blocks = [block.splitlines() for block in (results / "README.md").read_text().split("\n\n") if head in block]
     assert len(blocks) == 2 and all(len(block) > 3 and set(block) <= known for block in blocks)
 
     # The README's columns are steps and the paper's numbers, and the same five of the full setting.
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]  # noqa: E731
-    full = figures.table(json.loads((results / "sft_vs_soar_full.json").read_text())).splitlines()
-    full = [[label, compute, *rest] for label, compute, _, *rest, _ in map(cells, full[2:])]
+    full = [[label, compute, *rest] for label, compute, _, *rest, _ in map(cells, full[1:])]
     page = (results.parents[1] / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 4 and all([row[0], *row[2:6]] in full for row in rows)
