@@ -1,250 +1,343 @@
-"""SOAR: a post-training loss for rectified-flow models that also teaches the way back from the model's own errors.
+"""SOAR (arXiv 2604.12617): a post-training loss for rectified-flow models. It is SFT, and also
+trains the model to head for the clean latent from wherever one sampler step of its own lands.
+To use it elsewhere, copy this file: it needs torch and einops.
 
-    z0  (B, ...)  clean latent               z1     (B, ...)  Gaussian noise, the other end of the path
-    t   (B,)      sampler time, 1 = noise    sigma  (B,)      noise level, 1 = noise; sigma = s t / (1 + (s - 1) t)
-    v   (B, ...)  velocity dz/dsigma; z1 - z0 on the ideal path, z_sigma = (1 - sigma) z0 + sigma z1
+    z0      (B, ...)  clean latent, the end of the path at noise level 0
+    z1      (B, ...)  Gaussian noise, the end at noise level 1
+    sigma   (B,)      noise level; on the ideal path z = (1 - sigma) z0 + sigma z1
+    t       (B,)      sampler time, 1 = noise: sigma = shift t / (1 + (shift - 1) t)
+    v       (B, ...)  velocity dz/dsigma, what the model predicts; z1 - z0 on the ideal path
 
-1. Base term, alone it is SFT: |v(z_sigma0) - (z1 - z0)|^2 at a random sigma0.
-2. Rollout, no gradient: one sampler step from sigma0 to sigma1 with the guided velocity of the current weights: z_hat.
-3. Re-noise z_hat toward the *same* z1, to N random levels sigma' in [sigma1, 1]: z'.
-4. Auxiliary terms: |v(z') - v_corr|^2 with v_corr = (z' - z0) / sigma', the velocity that leads from z' to z0.
-5. Loss: (sum of base terms + lambda * sum of auxiliary terms) / (B + lambda * number of auxiliary terms).
+One training step (sections are those of the paper):
 
-Source: arXiv 2604.12617. The model is met only as velocity(z, sigma, cond) -> v: z in z0's dtype, sigma (B,) in float32
-or better (a diffusers model takes timestep = 1000 * sigma). Bad arguments raise ValueError before it is called; values
-of tensors are preconditions, not checked, for that would stall a GPU; `draw` guarantees them.
+    1. base      z = (1 - sigma) z0 + sigma z1, at a random sigma. Target z1 - z0. This is SFT.
+    2. rollout   z_hat = z + (sigma_next - sigma) v, a step of the guided sampler, no gradient.
+    3. re-noise  z_aux = (1 - alpha) z_hat + alpha z1, the same z1, at N random levels sigma_aux
+                 from sigma_next to 1; alpha = (sigma_aux - sigma_next) / (1 - sigma_next).
+    4. correct   Target (z_aux - z0) / sigma_aux.
+    5. loss      (sum of base errors + lambda * sum of auxiliary errors) / (B + lambda * points).
+
+The model is called only as velocity(z, sigma, cond) -> v: z in z0's dtype, sigma in float32 or
+better (a diffusers model takes timestep = 1000 * sigma). States, targets and losses are float32 or
+better. A wrong type, shape, dtype or device raises ValueError before the model runs; the checks
+are at the end. Tensors' values are not looked at, which would stall a GPU: what is said of them is
+for the caller to keep, and `draw` keeps it.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor, Any], Tensor]
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (z, sigma, cond) -> v
+Weighting = Callable[[Tensor], Tensor] | None  # sigma (B,) -> w(sigma) (B,); None is 1
 SDE_TYPES = ("simple", "sde", "flow_sde", "cps")
 
 
 @dataclass(frozen=True)
 class SoarConfig:
-    """Settings, by default the published ones (arXiv 2604.12617). Raises ValueError: one is out of its range."""
+    """Settings, by default the published ones."""
 
     lambda_aux: float = 1.0  # weight of an auxiliary term; 0 is SFT
-    num_aux_points: int = 6  # N; 0 is SFT
-    num_rollout_paths: int = 1  # M; path 1 takes the ODE step, the others one of sde_type
+    num_aux_points: int = 6  # N, on each path; 0 is SFT
+    num_rollout_paths: int = 1  # M; the first takes the ODE step, each other one of sde_type
     num_sampling_steps: int = 40  # K; the rollout steps 1 / K in t
     guidance_scale: float = 4.5  # w of the rollout; 1 is unguided
-    shift: float = 3.0  # s of sigma(t)
-    t_min: float = 1e-3  # the clean boundary: t is not drawn, and the rollout does not step, below it
+    shift: float = 3.0  # of sigma(t); that of the sampler
+    t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it
     logit_mean: float = 0.0  # t = sigmoid(logit_mean + logit_std n), n ~ N(0, 1)
-    logit_std: float = 1.0
+    logit_std: float = 1.0  # see logit_mean
     sde_type: str = "flow_sde"  # one of SDE_TYPES
     sde_noise_scale: float = 0.5  # eta
-    shared_noise: bool = True  # False: every path re-noises toward a z1 of its own (the paper's ablation)
-    sigma_upper_ratio: float = math.inf  # sigma' <= min(ratio * sigma0, 1)
+    shared_noise: bool = True  # False: each path has a z1 of its own to go toward (an ablation)
+    sigma_upper_ratio: float = math.inf  # sigma_aux <= min(ratio * sigma, 1)
 
     def __post_init__(self):
-        for name, bounds in {
-            "lambda_aux": "[0, inf)", "num_aux_points": "[0, inf)", "num_rollout_paths": "[1, inf)",
-            "num_sampling_steps": "[1, inf)", "guidance_scale": "(-inf, inf)", "shift": "(0, inf)", "t_min": "(0, 1)",
-            "logit_mean": "(-inf, inf)", "logit_std": "(0, inf)", "sde_type": SDE_TYPES, "shared_noise": (True, False),
-            "sde_noise_scale": "[0, 1]" if self.sde_type == "cps" else "[0, inf)", "sigma_upper_ratio": "[1, inf]",
-        }.items():  # fmt: skip
-            x, kind = getattr(self, name), type(getattr(SoarConfig, name))
-            fits = isinstance(x, (int, float) if kind is float else kind) and isinstance(x, bool) == (kind is bool)
-            if fits and isinstance(bounds, str):
-                low, high = map(float, bounds[1:-1].split(","))
-                fits = low <= x <= high and (x != low or bounds[0] == "[") and (x != high or bounds[-1] == "]")
-            if not fits or (kind is str and x not in bounds):
-                raise ValueError(f"SoarConfig.{name} is {x!r}, expected {kind.__name__} in {bounds}")
+        def require(name: str, expected: str, ok: bool) -> None:
+            if not ok:
+                came = getattr(self, name)
+                raise ValueError(f"SoarConfig.{name} is {came!r}, expected {expected}")
 
-
-def _check(name: str, x: Any, shape: tuple[int, ...] | None, like: Tensor, dtype: torch.dtype | None = None) -> None:
-    fits = isinstance(x, Tensor) and x.shape == shape and x.device == like.device and x.is_floating_point()
-    if not fits or dtype not in (None, x.dtype):
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{name} is {got}, expected {shape and tuple(shape)} {dtype or 'floating'} on {like.device}")
-
-
-def _checked(states: dict[str, Tensor], **levels: Tensor) -> list[Tensor]:
-    """States of one shape, dtype and device, in float32 or better; then levels (B,) as (B, 1, ...), to broadcast."""
-    name, first = next(iter(states.items()))
-    if not isinstance(first, Tensor) or first.ndim < 2 or 0 in first.shape:
-        raise ValueError(f"{name} is {getattr(first, 'shape', first)!r}, expected a Tensor (B, ...), no dimension 0")
-    for name, x in (states | levels).items():
-        _check(name, x, *((first.shape, first, first.dtype) if name in states else (first.shape[:1], first)))
-    dtype, ones = torch.promote_types(first.dtype, torch.float32), " 1" * (first.ndim - 1)
-    return [x.to(dtype) for x in states.values()] + [rearrange(x.to(dtype), f"b -> b{ones}") for x in levels.values()]
+        for field in fields(SoarConfig):
+            x, kind = getattr(self, field.name), type(field.default)
+            fits = isinstance(x, (int, float) if kind is float else kind)
+            fits = fits and isinstance(x, bool) == (kind is bool)  # to Python a bool is an int
+            require(field.name, f"of type {kind.__name__}", fits)
+        require("lambda_aux", ">= 0 and finite", 0 <= self.lambda_aux < math.inf)
+        require("num_aux_points", ">= 0", self.num_aux_points >= 0)
+        require("num_rollout_paths", ">= 1", self.num_rollout_paths >= 1)
+        require("num_sampling_steps", ">= 1", self.num_sampling_steps >= 1)
+        require("guidance_scale", "finite", math.isfinite(self.guidance_scale))
+        require("shift", "> 0 and finite", 0 < self.shift < math.inf)
+        require("t_min", "> 0 and < 1", 0 < self.t_min < 1)
+        require("logit_mean", "finite", math.isfinite(self.logit_mean))
+        require("logit_std", "> 0 and finite", 0 < self.logit_std < math.inf)
+        require("sde_type", f"one of {SDE_TYPES}", self.sde_type in SDE_TYPES)
+        require("sde_noise_scale", ">= 0 and finite", 0 <= self.sde_noise_scale < math.inf)
+        if self.sde_type == "cps":
+            require("sde_noise_scale", "<= 1 for cps", self.sde_noise_scale <= 1)
+        require("sigma_upper_ratio", ">= 1", self.sigma_upper_ratio >= 1)
 
 
 def sigma_from_t(t: Tensor | float, shift: float = 3.0) -> Tensor | float:
-    """Noise level sigma = s t / (1 + (s - 1) t) at sampler time t in [0, 1], any shape; exactly 1 at t = 1.
-    Precondition: shift > 0. Raises nothing. Source: SD3, arXiv 2403.03206, section 5.3.2."""
-    return shift * t / (shift * t + (1 - t))
+    """Noise level at sampler time t in [0, 1], any shape (arXiv 2403.03206, section 5.3.2)."""
+    return shift * t / (shift * t + (1 - t))  # in this form t = 1 gives 1 exactly
 
 
 def t_from_sigma(sigma: Tensor | float, shift: float = 3.0) -> Tensor | float:
-    """Sampler time t at noise level sigma in [0, 1], any shape: the inverse of sigma_from_t."""
+    """Sampler time at noise level sigma: the inverse of sigma_from_t."""
     return sigma_from_t(sigma, 1 / shift)
 
 
 def interpolate(z0: Tensor, z1: Tensor, sigma: Tensor) -> Tensor:
-    """Ideal state (1 - sigma) z0 + sigma z1, (B, ...) in float32 or better, from z0, z1 (B, ...) and levels sigma (B,).
-    Raises ValueError: shapes, dtypes or devices differ. Source: arXiv 2209.03003, eq. 1."""
-    z0, z1, sigma = _checked({"z0": z0, "z1": z1}, sigma=sigma)
+    """The ideal state at noise level sigma (arXiv 2209.03003, eq. 1)."""
+    z0, z1, sigma = _aligned(z0=z0, z1=z1, sigma=sigma)
     return (1 - sigma) * z0 + sigma * z1
 
 
 def guided_velocity(v_uncond: Tensor, v_cond: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance v_uncond + w (v_cond - v_uncond), all (B, ...); returns float32 or better.
-    Raises ValueError: shapes, dtypes or devices differ. Source: arXiv 2207.12598."""
-    v_uncond, v_cond = _checked({"v_uncond": v_uncond, "v_cond": v_cond})
+    """Classifier-free guidance (arXiv 2207.12598)."""
+    v_uncond, v_cond = _aligned(v_uncond=v_uncond, v_cond=v_cond)
     return v_uncond + guidance_scale * (v_cond - v_uncond)
 
 
-def rollout_step(z, v, sigma, sigma_next, *, kind="ode", noise_scale=0.5, noise=None, shift=3.0) -> Tensor:
-    """One sampler step from noise level sigma to sigma_next; d = sigma_next - sigma, x0 = z - sigma v, x1 = x0 + v:
-        ode       z + d v
-        simple    z + d v + eta sqrt(-d) n
-        sde       (1 - sigma_next) x0 + sigma_next n
-        flow_sde  z (1 + S^2 d / (2 sigma)) + v d (1 + S^2 (1 - sigma) / (2 sigma)) + S sqrt(-d) n
-        cps       (1 - sigma_next) x0 + sqrt(sigma_next^2 - q^2) x1 + q n,   q = sigma_next sin(eta pi / 2)
-    S = eta sqrt(sigma / (1 - sigma)), the sigma in that denominator at most sigma_from_t(0.999, shift).
-    z, v, noise n ~ N(0, I) (None for ode): (B, ...). sigma, sigma_next: (B,), precondition sigma_next <= sigma.
-    noise_scale: eta >= 0, at most 1 for cps, no part of ode and sde. Returns (B, ...) in float32 or better.
-    Raises ValueError: kind, noise; shapes, dtypes, devices. Source: arXiv 2604.12617, section 2.2."""
+def rollout_step(z: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, kind: str = "ode",
+                 noise_scale=0.5, noise: Tensor | None = None, shift=3.0) -> Tensor:
+    """One sampler step from sigma down to sigma_next, by the ODE or by a kind of SDE_TYPES.
+    noise: n ~ N(0, I); None for the ODE. noise_scale: eta >= 0, for cps at most 1, unused by sde.
+    shift: used by flow_sde only. Section 2.2; flow_sde: arXiv 2505.05470; cps: arXiv 2509.05952."""
     if kind not in ("ode", *SDE_TYPES) or (noise is None) != (kind == "ode"):
-        raise ValueError(f"kind is {kind!r} and noise a {type(noise).__name__}, expected 'ode' and None or {SDE_TYPES}")
-    states = {"z": z, "v": v} | ({} if noise is None else {"noise": noise})
-    z, v, *n, sigma, sigma_next = _checked(states, sigma=sigma, sigma_next=sigma_next)
-    d, x0 = sigma_next - sigma, z - sigma * v
-    if kind in ("ode", "simple"):
-        return z + d * v if kind == "ode" else z + d * v + noise_scale * (-d).sqrt() * n[0]
+        came = f"kind is {kind!r} and noise a {type(noise).__name__}"
+        raise ValueError(f"{came}, expected 'ode' and None, or one of {SDE_TYPES} and a Tensor")
+    if kind == "ode":
+        z, v, sigma, sigma_next = _aligned(z=z, v=v, sigma=sigma, sigma_next=sigma_next)
+        return z + (sigma_next - sigma) * v
+
+    z, v, n, sigma, sigma_next = _aligned(z=z, v=v, noise=noise, sigma=sigma, sigma_next=sigma_next)
+    eta = noise_scale
+    d = sigma_next - sigma  # negative
+    z_data = z - sigma * v  # the two ends of the path that v predicts
+    z_noise = z + (1 - sigma) * v
+    if kind == "simple":
+        return z + d * v + eta * (-d).sqrt() * n
+    if kind == "sde":  # new noise in place of all the predicted noise
+        return (1 - sigma_next) * z_data + sigma_next * n
+    if kind == "cps":  # predicted noise rotated toward new noise, which keeps its variance
+        angle = eta * math.pi / 2
+        rotated = math.cos(angle) * z_noise + math.sin(angle) * n
+        return (1 - sigma_next) * z_data + sigma_next * rotated
     if kind == "flow_sde":
-        r = noise_scale**2 / (1 - sigma.clamp(max=sigma_from_t(0.999, shift)))  # S^2 / sigma, finite at sigma = 0
-        return z * (1 + r * d / 2) + v * d * (1 + r * (1 - sigma) / 2) + (-r * sigma * d).sqrt() * n[0]
-    q = 1.0 if kind == "sde" else math.sin(noise_scale * math.pi / 2)  # the table's q over sigma_next; sde is q = 1
-    return (1 - sigma_next) * x0 + sigma_next * (math.sqrt(1 - q**2) * (x0 + v) + q * n[0])
+        # z (1 + S^2 d / (2 sigma)) + v d (1 + S^2 (1 - sigma) / (2 sigma)) + S sqrt(-d) n,
+        # S = eta sqrt(sigma / (1 - sigma)). S^2 / sigma, unlike S / sigma, is finite at sigma = 0;
+        # at sigma = 1 it would be infinite, so the sigma in it is at most that of t = 0.999.
+        s2_over_sigma = eta**2 / (1 - sigma.clamp(max=sigma_from_t(0.999, shift)))
+        drift = z * s2_over_sigma / 2 + v * (1 + s2_over_sigma * (1 - sigma) / 2)
+        diffusion = (s2_over_sigma * sigma).sqrt()
+        return z + d * drift + diffusion * (-d).sqrt() * n
 
 
 def renoise(z_hat: Tensor, z1: Tensor, sigma_hat: Tensor, sigma: Tensor) -> Tensor:
-    """State (1 - alpha) z_hat + alpha z1 with alpha = (sigma - sigma_hat) / (1 - sigma_hat), in float32 or better.
-    z_hat (at sigma_hat), z1: (B, ...). sigma_hat, sigma: (B,), preconditions sigma_hat <= sigma <= 1, sigma_hat < 1.
-    Raises ValueError: shapes, dtypes or devices differ. Source: arXiv 2604.12617, section 2.2."""
-    z_hat, z1, sigma_hat, sigma = _checked({"z_hat": z_hat, "z1": z1}, sigma_hat=sigma_hat, sigma=sigma)
+    """The state at sigma in [sigma_hat, 1], between z_hat at sigma_hat < 1 and z1 (section 2.2)."""
+    z_hat, z1, sigma_hat, sigma = _aligned(z_hat=z_hat, z1=z1, sigma_hat=sigma_hat, sigma=sigma)
     alpha = (sigma - sigma_hat) / (1 - sigma_hat)
     return (1 - alpha) * z_hat + alpha * z1
 
 
 def correction_target(z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
-    """Velocity v_corr = (z - z0) / sigma, from z - sigma v_corr = z0: z's way to z0, on the ideal path or off it.
-    z, z0: (B, ...). sigma: (B,), precondition > 0. Returns (B, ...) in float32 or better.
-    Raises ValueError: shapes, dtypes or devices differ. Source: arXiv 2604.12617, section 2.3."""
-    z, z0, sigma = _checked({"z": z, "z0": z0}, sigma=sigma)
+    """The velocity that leads from any z, at sigma > 0, to z0: z - sigma v = z0 (section 2.3)."""
+    z, z0, sigma = _aligned(z=z, z0=z0, sigma=sigma)
     return (z - z0) / sigma
 
 
 class Draws(NamedTuple):
     z1: Tensor  # (B, ...) ~ N(0, I), as path_noise and path_z1
     t: Tensor  # (B,) in [t_min, 1]
-    u: Tensor  # (M, N, B) in [0, 1): sigma' = sigma1 + u (upper - sigma1), upper = min(sigma_upper_ratio * sigma0, 1)
+    u: Tensor  # (M, N, B) in [0, 1): where sigma_aux lies between sigma_next and its upper bound
     path_noise: Tensor  # (M - 1, B, ...) for the stochastic steps
-    path_z1: Tensor | None  # (M, B, ...) where shared_noise is False
+    path_z1: Tensor | None  # (M, B, ...), or None if shared_noise
 
 
 def draw(shape: tuple[int, ...], config: SoarConfig, generator: torch.Generator) -> Draws:
-    """Every random number of one step for a z0 of this shape: float32, on the generator's device, of its state alone.
-    z1 and t come first, so they do not depend on lambda, N or M: an SFT run sees the same ones."""
+    """All random numbers of a step for a z0 of this shape: float32, on the generator's device, from
+    its state alone. z1 and t come first: SFT, and SOAR with another N or M, get the same ones."""
     rng = {"generator": generator, "device": generator.device, "dtype": torch.float32}
-    z1 = torch.randn(*shape, **rng)
-    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(shape[0], **rng)).clamp(min=config.t_min)
-    u = torch.rand(config.num_rollout_paths, config.num_aux_points, shape[0], **rng)
-    path_noise = torch.randn(config.num_rollout_paths - 1, *shape, **rng)
-    return Draws(z1, t, u, path_noise, None if config.shared_noise else torch.randn(len(u), *shape, **rng))
+    size = _shapes(shape, config)
+    z1 = torch.randn(size.z1, **rng)
+    logit = config.logit_mean + config.logit_std * torch.randn(size.t, **rng)
+    t = torch.sigmoid(logit).clamp(min=config.t_min)
+    u = torch.rand(size.u, **rng)
+    path_noise = torch.randn(size.path_noise, **rng)
+    path_z1 = None if config.shared_noise else torch.randn(size.path_z1, **rng)
+    return Draws(z1, t, u, path_noise, path_z1)
+
+
+def _shapes(shape: tuple[int, ...], config: SoarConfig) -> Draws:
+    """The shape of each field of Draws."""
+    M, N, B = config.num_rollout_paths, config.num_aux_points, shape[0]
+    path_z1 = None if config.shared_noise else (M, *shape)
+    return Draws(z1=shape, t=(B,), u=(M, N, B), path_noise=(M - 1, *shape), path_z1=path_z1)
 
 
 class Term(NamedTuple):
     loss: Tensor  # scalar, already normalised: the sum over the terms is the SOAR loss
-    error: Tensor  # (B,) detached, unweighted mean squared error per sample; 0 for a point that does not count
+    error: Tensor  # (B,) detached, unweighted mean squared error of each sample
     sigma: Tensor  # (B,) noise level
+    counts: Tensor  # (B,) bool: whether the sample is part of the loss
+
+
+def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: Any, *,
+             weighting: Weighting = None) -> Tensor:
+    """The flow-matching loss w(sigma) * mean |v - (z1 - z0)|^2, (B,), not reduced over samples."""
+    z = interpolate(z0, z1, sigma)
+    sigma = sigma.to(z.dtype)
+    w = _weights(weighting, sigma)
+    v = _predict(velocity, z, sigma, cond, z0.dtype)
+    return w * reduce((v - (z1.to(z) - z0.to(z))) ** 2, "b ... -> b", "mean")
+
+
+def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None,
+               config=SoarConfig(), *, weighting: Weighting = None, normalizer=None
+               ) -> Iterator[Term]:
+    """The terms of the SOAR loss (algorithm 1): the base term, then M N auxiliary ones. Call
+    backward on each as it comes: gradients add up to the whole loss's, with one graph in memory.
+
+    draws: from draw(z0.shape, config, generator). cond, uncond: what velocity takes, with and
+    without the prompt; with uncond None the rollout is unguided. normalizer: loss_normalizer of
+    the global batch; None: of this batch. Forwards: 1 with cond, 1 with uncond, M N with cond;
+    if lambda N = 0 only the first, and that is SFT."""
+    dtype = getattr(z0, "dtype", None)  # the model's; our states are wider
+    (z0,) = _aligned(z0=z0)
+    z1, t, u, path_noise, path_z1 = _checked_draws(draws, z0, config)
+    _check_same_type(cond, uncond)
+    normalizer = loss_normalizer(t, config) if normalizer is None else normalizer
+    t_next, above = _rollout_end(t, config)
+    everyone = torch.ones_like(above)
+    sigma = sigma_from_t(t, config.shift)
+    sigma_next = sigma_from_t(t_next, config.shift)
+
+    def term(v: Tensor, target: Tensor, sigma: Tensor, w: Tensor, counts: Tensor) -> Term:
+        error = reduce((v - target) ** 2, "b ... -> b", "mean")
+        return Term((counts * w * error).sum() / normalizer, error.detach(), sigma, counts)
+
+    # 1. Base term: SFT at sigma.
+    z = interpolate(z0, z1, sigma)
+    w = _weights(weighting, sigma)
+    v = _predict(velocity, z, sigma, cond, dtype)
+    yield term(v, z1 - z0, sigma, w, everyone)
+    v = v.detach()  # or the graph would live on
+    if config.lambda_aux == 0 or config.num_aux_points == 0:
+        return
+
+    # 2. Rollout: one step from z with the guided velocity, by the ODE and M - 1 times stochastic.
+    with torch.no_grad():
+        if uncond is not None and config.guidance_scale != 1:
+            v_uncond = _predict(velocity, z, sigma, uncond, dtype)
+            v = guided_velocity(v_uncond, v, config.guidance_scale)
+        sde = dict(kind=config.sde_type, noise_scale=config.sde_noise_scale, shift=config.shift)
+        z_hats = [rollout_step(z, v, sigma, sigma_next)]
+        z_hats += [rollout_step(z, v, sigma, sigma_next, noise=n, **sde) for n in path_noise]
+
+    # 3, 4. From each z_hat toward z1, to N levels; the target leads from there to z0.
+    sigma_upper = (config.sigma_upper_ratio * sigma).clamp(max=1)
+    for m, z_hat in enumerate(z_hats):
+        endpoint = z1 if config.shared_noise else path_z1[m]
+        counts = everyone if m == 0 else above
+        for n in range(config.num_aux_points):
+            with torch.no_grad():
+                sigma_aux = sigma_next + u[m, n] * (sigma_upper - sigma_next)
+                z_aux = renoise(z_hat, endpoint, sigma_next, sigma_aux)
+                target = correction_target(z_aux, z0, sigma_aux)
+                w = config.lambda_aux * _weights(weighting, sigma_aux)
+            v = _predict(velocity, z_aux, sigma_aux, cond, dtype)
+            yield term(v, target, sigma_aux, w, counts)
+            del v
+
+
+def soar_loss(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None,
+              config=SoarConfig(), *, weighting: Weighting = None, normalizer=None) -> Tensor:
+    """The sum of soar_terms, whose arguments it takes; holds all graphs until its one backward."""
+    options = {"weighting": weighting, "normalizer": normalizer}
+    return sum(x.loss for x in soar_terms(velocity, z0, draws, cond, uncond, config, **options))
 
 
 def loss_normalizer(t: Tensor, config: SoarConfig) -> Tensor:
-    """B + lambda P, 0-dimensional, in t's dtype, for samples at sampler times t (B,): those of the whole global batch.
-    P counts N points on each sample's ODE path and, where its step ends above t_min, N on each stochastic path."""
-    stochastic = (config.num_rollout_paths - 1) * (t - 1 / config.num_sampling_steps > config.t_min).to(t.dtype)
-    return (1 + config.lambda_aux * config.num_aux_points * (1 + stochastic)).sum()
+    """B + lambda * points, for samples at sampler times t (B,): those of the global batch."""
+    _, above = _rollout_end(t, config)
+    paths = 1 + (config.num_rollout_paths - 1) * above.to(t.dtype)
+    return (1 + config.lambda_aux * config.num_aux_points * paths).sum()
 
 
-def _errors(velocity, z, target, sigma, cond, dtype, weighting) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted squared errors (B,); the same unweighted, detached; the velocity, detached."""
-    weight = torch.ones_like(sigma) if weighting is None else weighting(sigma)
-    _check("weighting(sigma)", weight, sigma.shape, sigma)
+def _rollout_end(t: Tensor, config: SoarConfig) -> tuple[Tensor, Tensor]:
+    """Where the rollout from t ends; whether that is above t_min, where stochastic points count."""
+    t_next = t - 1 / config.num_sampling_steps
+    return t_next.clamp(min=config.t_min), t_next > config.t_min
+
+
+# --- Checks and casts: nothing of the method from here on ---
+
+
+def _aligned(**tensors: Any) -> list[Tensor]:
+    """Tensors of one batch, ready to be combined: all in float32 or better, levels (B,), which are
+    those named sigma..., as (B, 1, ...). States (B, ...) must be like the first, in dtype too."""
+    name, first = next(iter(tensors.items()))
+    if not isinstance(first, Tensor) or first.ndim < 2 or first.numel() == 0:
+        came = getattr(first, "shape", first)
+        raise ValueError(f"{name} is {came!r}, expected a Tensor (B, ...), no dimension 0")
+    wide, aligned = torch.promote_types(first.dtype, torch.float32), []
+    for name, x in tensors.items():
+        if name.startswith("sigma"):
+            _expect(name, x, first.shape[:1], first.device)
+            x = x.view(-1, *[1] * (first.ndim - 1))
+        else:
+            _expect(name, x, first.shape, first.device, first.dtype)
+        aligned.append(x.to(wide))
+    return aligned
+
+
+def _expect(name: str, x: Any, shape: tuple, device: torch.device, dtype=None) -> None:
+    """Raises ValueError unless x is a floating Tensor of this shape, device and dtype, if given."""
+    came, fits = f"a {type(x).__name__}", False
+    if isinstance(x, Tensor):
+        came = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        fits = x.shape == shape and x.device == device and x.is_floating_point()
+    if not fits or dtype not in (None, x.dtype):
+        expected = f"{tuple(shape)} {dtype or 'floating'} on {device}"
+        raise ValueError(f"{name} is {came}, expected {expected}")
+
+
+def _predict(velocity: Velocity, z: Tensor, sigma: Tensor, cond: Any, dtype: torch.dtype) -> Tensor:
+    """The model's velocity in z's dtype; the model itself gets z in dtype."""
     v = velocity(z.to(dtype), sigma, cond)
-    _check("velocity(z, sigma, cond)", v, z.shape, z)
-    error = reduce((v.to(z.dtype) - target) ** 2, "b ... -> b", "mean")
-    return weight.to(error.dtype) * error, error.detach(), v.detach().to(z.dtype)
+    _expect("velocity(z, sigma, cond)", v, z.shape, z.device)
+    return v.to(z.dtype)
 
 
-def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: Any, *, weighting=None) -> Tensor:
-    """Flow-matching loss w(sigma) * mean |v(z_sigma, sigma, cond) - (z1 - z0)|^2, (B,), not reduced; float32 or better.
-    z0, z1: (B, ...). sigma: (B,). Raises ValueError: as soar_terms. Source: arXiv 2209.03003, eq. 1."""
-    x0, x1, _ = _checked({"z0": z0, "z1": z1}, sigma=sigma)
-    return _errors(velocity, interpolate(x0, x1, sigma), x1 - x0, sigma.to(x0.dtype), cond, z0.dtype, weighting)[0]
+def _weights(weighting: Weighting, sigma: Tensor) -> Tensor:
+    w = torch.ones_like(sigma) if weighting is None else weighting(sigma)
+    _expect("weighting(sigma)", w, sigma.shape, sigma.device)
+    return w.to(sigma.dtype)
 
 
-def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None, config=SoarConfig(), *,
-               weighting=None, normalizer: Tensor | float | None = None) -> Iterator[Term]:
-    """The terms of the SOAR loss: the base term, then M N auxiliary ones, each from one forward of B samples.
-    Call backward on each as it comes: gradients add up to the whole loss's, with one graph alive at a time. Forwards:
-    1 + 1 unconditional, under no_grad (none if guidance_scale is 1 or uncond None) + M N; if lambda N = 0, 1: SFT.
-    z0: (B, ...). draws: of draw(z0.shape, config, generator). cond, uncond: with the prompt and without.
-    weighting: w, sigma (B,) -> (B,), None is 1. normalizer: None is loss_normalizer(draws.t, config), for one rank.
-    Raises ValueError: an argument's type, shape, dtype or device. Source: arXiv 2604.12617, algorithm 1."""
-    (x0,), M, N, like = _checked({"z0": z0}), config.num_rollout_paths, config.num_aux_points, z0.shape
-    if uncond is not None and not isinstance(uncond, type(cond)) and not isinstance(cond, type(uncond)):
-        raise ValueError(f"uncond is a {type(uncond).__name__}, expected a {type(cond).__name__} like cond, or None")
-    shapes = (like, like[:1], (M, N, len(z0)), (M - 1, *like), None if config.shared_noise else (M, *like))
-    for name, x, shape in zip(Draws._fields, draws, shapes):
-        if x is not None or shape is not None:
-            _check(f"draws.{name}", x, shape, z0)
-    z1, t, u, path_noise = (x.to(x0.dtype) for x in draws[:4])
-    endpoints = [z1] * M if config.shared_noise else draws.path_z1.to(x0.dtype)
-    total = loss_normalizer(t, config) if normalizer is None else normalizer
-    t1 = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
-    sigma0, sigma1 = sigma_from_t(t, config.shift), sigma_from_t(t1, config.shift)
-
-    def term(z, target, sigma, weight=1.0, counts=1.0):
-        weighted, error, v = _errors(velocity, z, target, sigma, cond, z0.dtype, weighting)
-        return Term(weight * (counts * weighted).sum() / total, counts * error, sigma), v
-
-    def terms():
-        z = interpolate(x0, z1, sigma0)
-        base, v = term(z, z1 - x0, sigma0)
-        yield base
-        del base  # or its graph would live on
-        if config.lambda_aux == 0 or N == 0:
-            return
-        with torch.no_grad():
-            if uncond is not None and config.guidance_scale != 1:
-                v = guided_velocity(velocity(z.to(z0.dtype), sigma0, uncond).to(x0.dtype), v, config.guidance_scale)
-            sde = {"kind": config.sde_type, "noise_scale": config.sde_noise_scale, "shift": config.shift}
-            z_hats = [rollout_step(z, v, sigma0, sigma1, **k) for k in ({}, *(sde | {"noise": n} for n in path_noise))]
-        for m, (z_hat, endpoint) in enumerate(zip(z_hats, endpoints)):
-            for n in range(N):
-                with torch.no_grad():
-                    sigma = sigma1 + u[m, n] * ((config.sigma_upper_ratio * sigma0).clamp(max=1) - sigma1)
-                    z = renoise(z_hat, endpoint, sigma1, sigma)
-                    target = correction_target(z, x0, sigma)
-                yield term(z, target, sigma, config.lambda_aux, t1 > config.t_min if m > 0 else 1.0)[0]
-    return terms()
+def _checked_draws(draws: Draws, z0: Tensor, config: SoarConfig) -> Draws:
+    """draws in z0's dtype. On a CPU, where it costs nothing, the values of t are looked at too."""
+    for name, x, shape in zip(Draws._fields, draws, _shapes(z0.shape, config)):
+        if shape is not None:
+            _expect(f"draws.{name}", x, shape, z0.device)
+        elif x is not None:
+            raise ValueError(f"draws.{name} is a {type(x).__name__}, expected None: shared_noise")
+    t, t_min = draws.t, config.t_min
+    if t.device.type == "cpu" and not ((t >= t_min) & (t <= 1)).all():
+        came = f"from {t.min().item():g} to {t.max().item():g}"
+        raise ValueError(f"draws.t is {came}, expected sampler times from t_min = {t_min} to 1")
+    return Draws(*(x if x is None else x.to(z0.dtype) for x in draws))
 
 
-def soar_loss(velocity: Velocity, z0: Tensor, cond: Any, uncond: Any = None, config=SoarConfig(), *,
-              generator: torch.Generator, weighting=None) -> Tensor:
-    """The sum of soar_terms, whose arguments and errors it has, with draws from generator; holds every term's graph."""
-    draws = draw(z0.shape, config, generator)
-    return sum(term.loss for term in soar_terms(velocity, z0, draws, cond, uncond, config, weighting=weighting))
+def _check_same_type(cond: Any, uncond: Any) -> None:
+    """Else a config passed in uncond's place would be taken for uncond."""
+    if not (uncond is None or isinstance(uncond, type(cond)) or isinstance(cond, type(uncond))):
+        came, expected = type(uncond).__name__, type(cond).__name__
+        raise ValueError(f"uncond is a {came}, expected a {expected} like cond, or None")
