@@ -39,8 +39,10 @@ from typing import Any, Literal
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on torchvision, at import
 
+import diffusers
 import torch
 import torch.distributed as dist
+import transformers
 import tyro
 from diffusers import (
     AutoencoderKL,
@@ -57,6 +59,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from soar import guided_velocity
+
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()  # of loading: one bar for each part and rank
 
 ENCODERS = {
     "text_encoder": CLIPTextModelWithProjection,

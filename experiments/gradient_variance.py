@@ -18,8 +18,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.sd3 import save_whole, seeded
 from experiments.sft_vs_soar import CPU, World, load_base, load_world, step_inputs
+from sample import save_whole, seeded
 from soar import Draws, SoarConfig, draw, soar_terms
 from train import make_velocity
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from experiments.sd3 import save_whole, seeded
 from experiments.sft_vs_soar import CPU, World, held_out, load_base, load_world
+from sample import save_whole, seeded
 from soar import SoarConfig, correction_target, draw, interpolate, soar_terms
 from train import make_velocity
 

@@ -39,7 +39,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import diversity
-from experiments.sd3 import (
+from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
+from sample import (
     encode_images,
     encode_prompts,
     load_pipeline,
@@ -50,7 +51,6 @@ from experiments.sd3 import (
     seeded,
     sync,
 )
-from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
 from soar import Draws, SoarConfig, draw, guided_velocity, interpolate, rollout_step, soar_terms
 from train import make_velocity, step_rows
 

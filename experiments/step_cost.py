@@ -48,8 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import train
-from experiments.sd3 import init_distributed, save_whole, seeded
-from experiments.trainable import add_lora, compile_blocks, make_ddp
+from sample import init_distributed, save_whole, seeded
 from soar import (
     SoarConfig,
     Term,
@@ -63,6 +62,7 @@ from soar import (
     sigma_from_t,
     soar_terms,
 )
+from train import add_lora, compile_blocks, make_ddp
 
 RESULTS = Path(__file__).parent / "results"
 SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64, "qk_norm": "rms_norm"}

@@ -23,9 +23,9 @@ import sample
 import train
 from experiments import diversity, figures
 from experiments import sft_vs_soar as experiment
-from experiments.sd3 import seeded
 from experiments.shapes import COLORS, DATA, Scene, Thing, render
 from experiments.tests.common import MODEL, small_world
+from sample import seeded
 from soar import SoarConfig
 
 TINY = experiment.Setting(

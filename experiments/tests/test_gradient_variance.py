@@ -8,8 +8,8 @@ import torch
 
 from experiments import gradient_variance
 from experiments.gradient_variance import Args, squared_distances, stratify, variance
-from experiments.sd3 import seeded
 from experiments.tests.common import small_world
+from sample import seeded
 from soar import SoarConfig, draw
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from experiments import off_path
-from experiments.sd3 import seeded
 from experiments.sft_vs_soar import held_out
 from experiments.tests.common import small_world
+from sample import seeded
 from soar import SoarConfig, draw, sigma_from_t
 
 

@@ -48,9 +48,9 @@ import soar
 import train
 from experiments import check_velocity as check_velocity_module
 from experiments.check_velocity import check_velocity
-from experiments.sd3 import encode_images, encode_prompts, load_pipeline, load_transformer
 from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
 from experiments.tests.common import ROOT
+from sample import encode_images, encode_prompts, load_pipeline, load_transformer
 
 RECIPES = ROOT / "experiments" / "recipes.md"
 BATCH = 2
