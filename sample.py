@@ -236,7 +236,7 @@ def digest(path: Path) -> str:
 def read_prompts(path: Path) -> list[dict]:
     """The prompts of a file, each a dict with a non-empty "prompt"; other fields of .jsonl, .csv
     and .tsv are kept. Raises ValueError, which names file, line and fault; OSError."""
-    readers = {".jsonl": _read_jsonl, ".txt": _read_txt, ".csv": _read_csv, ".tsv": _read_csv}
+    readers = {".jsonl": read_jsonl, ".txt": _read_txt, ".csv": _read_csv, ".tsv": _read_csv}
     if path.suffix not in readers:
         raise ValueError(f"{path}: expected a file whose name ends with {', '.join(readers)}")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
@@ -263,7 +263,8 @@ def _decoded(path: Path, lines: list[bytes]) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}, line {number}: {error}") from None
 
 
-def _read_jsonl(path: Path, lines: list[bytes]) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: Path, lines: list[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a file. Raises ValueError, which names the line."""
     for number, text in _decoded(path, lines):
         try:
             yield number, json.loads(text)

@@ -80,6 +80,7 @@ from sample import (
     load_pipeline,
     load_transformer,
     locked,
+    read_jsonl,
     read_lora,
     read_prompts,
     sample_images,
@@ -264,6 +265,8 @@ def read_rows(args: Args) -> Rows:
 
 def read_file(path: Path, args: Args) -> Rows:
     """A file of rows: parquet or tar, or .csv, .jsonl or .json with image paths relative to it."""
+    if args.rest.dataset_split != "train":
+        raise ValueError(f"--dataset_split {args.rest.dataset_split}: {path} is a single file")
     if path.suffix in TABLE_FILES:
         return Rows(load_tables([path]), path.parent, [])
     if path.suffix not in (".csv", ".jsonl", ".json"):
@@ -292,8 +295,8 @@ def read_list(path: Path) -> pyarrow.Table:
             return as_table(path, rows, numbers_as_text=True)
         if path.suffix == ".json":
             return as_table(path, json.loads(path.read_text()))
-        with path.open(encoding="utf-8-sig") as file:
-            return as_table(path, [json.loads(line) for line in file if line.strip()])
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        return as_table(path, [row for _, row in read_jsonl(path, lines)])
     except (csv.Error, json.JSONDecodeError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
