@@ -18,7 +18,7 @@ import tyro
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, score_folder
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS, score_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def main(args: Args) -> None:
     model = {"pretrained_model_name_or_path": DATA / "model", "max_sequence_length": MAX_SEQUENCE_LENGTH}
     model |= {"mixed_precision": "no", "seed": args.seed}
     run(
-        "train.py", dataset=DATA / "train", output_dir=output / "train", resolution=64, train_batch_size=16,
+        "train.py", dataset=PAIRS, output_dir=output / "train", resolution=64, train_batch_size=16,
         max_train_steps=args.max_train_steps, learning_rate=args.learning_rate, lambda_aux=args.lambda_aux,
         dataloader_num_workers=0, **model,
     )  # fmt: skip

@@ -39,7 +39,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import diversity
-from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
+from experiments.shapes import (
+    CURATED,
+    DATA,
+    HELD_OUT,
+    MAX_SEQUENCE_LENGTH,
+    PAIRS,
+    TAGS,
+    example,
+    read_pairs,
+    render,
+    score_image,
+)
 from sample import (
     encode_images,
     encode_prompts,
@@ -183,17 +194,16 @@ class World(NamedTuple):
 
 
 def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") -> World:
-    """The pairs of data/train and the prompts of data/prompts.jsonl, encoded by the pipeline model; cached in a file.
+    """The pairs of data/train.parquet and the prompts of data/prompts.jsonl, encoded by the pipeline model; cached in a file.
 
     Raises OSError: data or model is not there; ValueError: the cached file belongs to other captions."""
     pipe = load_pipeline(str(model), torch.float32, CPU)
-    rows = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
+    pairs = read_pairs(data / PAIRS.name)
     prompts = read_prompts(data / "prompts.jsonl")
     # Embeddings may differ in their last bits with the batch they are made in: hence one order.
-    texts = sorted({"", *(row["text"] for row in rows), *(row["prompt"] for row in prompts)})
+    texts = sorted({"", *pairs["text"], *(row["prompt"] for row in prompts)})
     if not cached.is_file():
-        images = (Image.open(data / "train" / row["file_name"]).convert("RGB") for row in rows)
-        pixels = torch.cat([pipe.image_processor.preprocess(image) for image in images])
+        pixels = torch.cat([pipe.image_processor.preprocess(image) for image in pairs["image"]])
         with torch.no_grad():
             parts = [pipe.vae.encode(x).latent_dist for x in pixels.split(100)]
         made = encode_prompts(pipe, texts, MAX_SEQUENCE_LENGTH)
@@ -201,10 +211,10 @@ def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") ->
         save_tensors(made, cached)
     tensors = load_file(cached)
     mean, std = tensors.pop("mean"), tensors.pop("std")
-    if len(mean) != len(rows) or len(tensors["pooled_projections"]) != len(texts):
+    if len(mean) != len(pairs) or len(tensors["pooled_projections"]) != len(texts):
         raise ValueError(f"{cached} was made from other data than {data}; delete it")
     number = {text: i for i, text in enumerate(texts)}
-    caption = torch.tensor([number[row["text"]] for row in rows])
+    caption = torch.tensor([number[text] for text in pairs["text"]])
     return World(pipe, data, mean, std, caption, tensors, number, prompts)
 
 
@@ -279,11 +289,11 @@ def sharpness(image: Image.Image) -> float:
 def training_sharpness(world: World, most: int = 600) -> dict[str, float]:
     """Mean sharpness of training images, each task counting the same; and of the same after the VAE, which bounds what
     samples can have."""
-    files, tags = sorted((world.data / "train").glob("*.png"))[:most], {}
+    images, tags = read_pairs(world.data / PAIRS.name)[:most]["image"], {}
     decoded = [world.pipe.vae.decode(x, return_dict=False)[0] for x in world.mean[:most].split(100)]
     pictures = world.pipe.image_processor.postprocess(torch.cat(decoded))
-    for i, (path, picture) in enumerate(zip(files, pictures)):
-        tags.setdefault(example(CURATED + i)[0]["tag"], []).append([sharpness(Image.open(path)), sharpness(picture)])
+    for i, (image, picture) in enumerate(zip(images, pictures)):
+        tags.setdefault(example(CURATED + i)[0]["tag"], []).append([sharpness(image), sharpness(picture)])
     real, rebuilt = np.mean([np.mean(pairs, axis=0) for pairs in tags.values()], axis=0).tolist()
     return {"training_sharpness": real, "reconstruction_sharpness": rebuilt}
 
