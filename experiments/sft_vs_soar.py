@@ -194,7 +194,7 @@ class World(NamedTuple):
 
 
 def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") -> World:
-    """The pairs of data/train.parquet and the prompts of data/prompts.jsonl, encoded by the pipeline model; cached in a file.
+    """The pairs and prompts of data, encoded by the pipeline model; cached in a file.
 
     Raises OSError: data or model is not there; ValueError: the cached file belongs to other captions."""
     pipe = load_pipeline(str(model), torch.float32, CPU)

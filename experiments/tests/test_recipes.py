@@ -10,7 +10,6 @@ block's rollout must be the first step of diffusers' pipeline.
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import re
 import shlex
@@ -41,7 +40,6 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import sample
 import soar
