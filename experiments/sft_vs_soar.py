@@ -81,13 +81,12 @@ def endpoint_weighting(sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """A training run: its name in tables, its objective; its steps, batch and rate as multiples of the setting's."""
+    """A training run: its name in tables, its objective; its steps and batch as multiples of the setting's."""
 
     label: str
     config: SoarConfig = SoarConfig()
     steps: float = 1.0
     batch: float = 1.0
-    rate: float = 1.0
     weighting: Callable[[Tensor], Tensor] | None = None
 
     def compute(self) -> float:
@@ -103,10 +102,7 @@ ARMS = {
     "soar": Arm("SOAR"),
     "sft_steps": Arm("SFT, 22/3 of the steps", SFT, steps=22 / 3),
     "soar_steps": Arm("SOAR, 22/3 of the steps", steps=22 / 3),
-    "sft_r0.3": Arm("SFT, a third of the rate", SFT, rate=1 / 3),
-    "sft_r2": Arm("SFT, twice the rate", SFT, rate=2.0),
     "soar_w1": Arm("SOAR, w = 1", SoarConfig(guidance_scale=1.0)),
-    "soar_k4": Arm("SOAR, K = 4", SoarConfig(num_sampling_steps=4)),
     "soar_k1e6": Arm("SOAR, K = 10^6 (no drift)", SoarConfig(num_sampling_steps=10**6)),
     "sft_batch": Arm("SFT, 22/3 of the batch", SFT, batch=22 / 3),
     "soar_l0.3": Arm("SOAR, lambda = 0.3", SoarConfig(lambda_aux=0.3)),
@@ -254,8 +250,7 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     Raises FloatingPointError: a loss is not finite."""
     transformer = load_base(world).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
-    rate = arm.rate * setting.learning_rate
-    optimizer = torch.optim.AdamW(transformer.parameters(), rate, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(transformer.parameters(), setting.learning_rate, weight_decay=1e-2, fused=True)
     warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}
     schedule = get_scheduler(setting.lr_scheduler, optimizer, **warmup)
     velocity = make_velocity(transformer, CPU, False)
@@ -387,7 +382,7 @@ def run_settings(name: str, setting: Setting, seed: int) -> dict:
     arm = ARMS.get(name)
     shared = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("arms", "seeds")}
     own = {k: str(v) for k, v in vars(arm.config).items()} if arm else {}
-    own |= {key: getattr(arm, key) for key in ("steps", "batch", "rate")} if arm else {}
+    own |= {key: getattr(arm, key) for key in ("steps", "batch")} if arm else {}
     own |= {"weighted": arm.weighting is not None} if arm else {}
     return json.loads(json.dumps({"run": name, "seed": seed, "shared": shared, "arm": own}))
 
