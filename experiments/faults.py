@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train
-from experiments.shapes import DATA
+from experiments.shapes import PAIRS
 from experiments.tests.common import MODEL, finish, start
 
 INTERVAL = 3  # steps between checkpoints
-FLAGS = MODEL | {"dataset": DATA / "train", "resolution": 64, "train_batch_size": 2, "num_aux_points": 1}
+FLAGS = MODEL | {"dataset": PAIRS, "resolution": 64, "train_batch_size": 2, "num_aux_points": 1}
 FLAGS |= {"dataloader_num_workers": 0, "checkpointing_steps": INTERVAL, "logging_steps": 1, "learning_rate": 1e-5}
 FLAGS |= {"checkpoints_total_limit": 2, "max_train_steps": 100_000}
 

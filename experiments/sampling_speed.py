@@ -53,7 +53,7 @@ def ours(pipe: StableDiffusion3Pipeline, prompts: list[str], batch_size: int, st
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             z1 = torch.stack([torch.randn(shape, generator=sample.seeded(0, start + i, 0)) for i in range(len(part))])
-            cond, uncond = (sample.gather(embeds, x, pipe.vae.device) for x in (part, [""] * len(part)))
+            cond, uncond = (sample.stacked(embeds, x, pipe.vae.device) for x in (part, [""] * len(part)))
             images = sample.sample_images(pipe, pipe.transformer, z1, cond, uncond, steps, 4.5)
             writes = [writer.submit(sample.save_whole, x, folder / f"{i:05d}.png") for i, x in enumerate(images, start)]
     for write in writes:

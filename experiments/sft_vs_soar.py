@@ -39,7 +39,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import diversity
-from experiments.shapes import CURATED, DATA, HELD_OUT, MAX_SEQUENCE_LENGTH, TAGS, example, render, score_image
+from experiments.shapes import (
+    CURATED,
+    DATA,
+    HELD_OUT,
+    MAX_SEQUENCE_LENGTH,
+    PAIRS,
+    TAGS,
+    example,
+    read_pairs,
+    render,
+    score_image,
+)
 from sample import (
     encode_images,
     encode_prompts,
@@ -70,13 +81,12 @@ def endpoint_weighting(sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """A training run: its name in tables, its objective; its steps, batch and rate as multiples of the setting's."""
+    """A training run: its name in tables, its objective; its steps and batch as multiples of the setting's."""
 
     label: str
     config: SoarConfig = SoarConfig()
     steps: float = 1.0
     batch: float = 1.0
-    rate: float = 1.0
     weighting: Callable[[Tensor], Tensor] | None = None
 
     def compute(self) -> float:
@@ -92,10 +102,7 @@ ARMS = {
     "soar": Arm("SOAR"),
     "sft_steps": Arm("SFT, 22/3 of the steps", SFT, steps=22 / 3),
     "soar_steps": Arm("SOAR, 22/3 of the steps", steps=22 / 3),
-    "sft_r0.3": Arm("SFT, a third of the rate", SFT, rate=1 / 3),
-    "sft_r2": Arm("SFT, twice the rate", SFT, rate=2.0),
     "soar_w1": Arm("SOAR, w = 1", SoarConfig(guidance_scale=1.0)),
-    "soar_k4": Arm("SOAR, K = 4", SoarConfig(num_sampling_steps=4)),
     "soar_k1e6": Arm("SOAR, K = 10^6 (no drift)", SoarConfig(num_sampling_steps=10**6)),
     "sft_batch": Arm("SFT, 22/3 of the batch", SFT, batch=22 / 3),
     "soar_l0.3": Arm("SOAR, lambda = 0.3", SoarConfig(lambda_aux=0.3)),
@@ -184,17 +191,16 @@ class World(NamedTuple):
 
 
 def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") -> World:
-    """The pairs of data/train and the prompts of data/prompts.jsonl, encoded by the pipeline model; cached in a file.
+    """The pairs and prompts of data, encoded by the pipeline model; cached in a file.
 
     Raises OSError: data or model is not there; ValueError: the cached file belongs to other captions."""
     pipe = load_pipeline(str(model), torch.float32, CPU)
-    rows = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
+    pairs = read_pairs(data / PAIRS.name)
     prompts = read_prompts(data / "prompts.jsonl")
     # Embeddings may differ in their last bits with the batch they are made in: hence one order.
-    texts = sorted({"", *(row["text"] for row in rows), *(row["prompt"] for row in prompts)})
+    texts = sorted({"", *pairs["text"], *(row["prompt"] for row in prompts)})
     if not cached.is_file():
-        images = (Image.open(data / "train" / row["file_name"]).convert("RGB") for row in rows)
-        pixels = torch.cat([pipe.image_processor.preprocess(image) for image in images])
+        pixels = torch.cat([pipe.image_processor.preprocess(image) for image in pairs["image"]])
         with torch.no_grad():
             parts = [pipe.vae.encode(x).latent_dist for x in pixels.split(100)]
         made = encode_prompts(pipe, texts, MAX_SEQUENCE_LENGTH)
@@ -202,10 +208,10 @@ def load_world(cached: Path, data: Path = DATA, model: Path = DATA / "model") ->
         save_tensors(made, cached)
     tensors = load_file(cached)
     mean, std = tensors.pop("mean"), tensors.pop("std")
-    if len(mean) != len(rows) or len(tensors["pooled_projections"]) != len(texts):
+    if len(mean) != len(pairs) or len(tensors["pooled_projections"]) != len(texts):
         raise ValueError(f"{cached} was made from other data than {data}; delete it")
     number = {text: i for i, text in enumerate(texts)}
-    caption = torch.tensor([number[row["text"]] for row in rows])
+    caption = torch.tensor([number[text] for text in pairs["text"]])
     return World(pipe, data, mean, std, caption, tensors, number, prompts)
 
 
@@ -245,8 +251,7 @@ def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict
     Raises FloatingPointError: a loss is not finite."""
     transformer = load_base(world).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
-    rate = arm.rate * setting.learning_rate
-    optimizer = torch.optim.AdamW(transformer.parameters(), rate, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(transformer.parameters(), setting.learning_rate, weight_decay=1e-2, fused=True)
     warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}
     schedule = get_scheduler(setting.lr_scheduler, optimizer, **warmup)
     velocity = make_velocity(transformer, CPU, False)
@@ -280,11 +285,11 @@ def sharpness(image: Image.Image) -> float:
 def training_sharpness(world: World, most: int = 600) -> dict[str, float]:
     """Mean sharpness of training images, each task counting the same; and of the same after the VAE, which bounds what
     samples can have."""
-    files, tags = sorted((world.data / "train").glob("*.png"))[:most], {}
+    images, tags = read_pairs(world.data / PAIRS.name)[:most]["image"], {}
     decoded = [world.pipe.vae.decode(x, return_dict=False)[0] for x in world.mean[:most].split(100)]
     pictures = world.pipe.image_processor.postprocess(torch.cat(decoded))
-    for i, (path, picture) in enumerate(zip(files, pictures)):
-        tags.setdefault(example(CURATED + i)[0]["tag"], []).append([sharpness(Image.open(path)), sharpness(picture)])
+    for i, (image, picture) in enumerate(zip(images, pictures)):
+        tags.setdefault(example(CURATED + i)[0]["tag"], []).append([sharpness(image), sharpness(picture)])
     real, rebuilt = np.mean([np.mean(pairs, axis=0) for pairs in tags.values()], axis=0).tolist()
     return {"training_sharpness": real, "reconstruction_sharpness": rebuilt}
 
@@ -378,7 +383,7 @@ def run_settings(name: str, setting: Setting, seed: int) -> dict:
     arm = ARMS.get(name)
     shared = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("arms", "seeds")}
     own = {k: str(v) for k, v in vars(arm.config).items()} if arm else {}
-    own |= {key: getattr(arm, key) for key in ("steps", "batch", "rate")} if arm else {}
+    own |= {key: getattr(arm, key) for key in ("steps", "batch")} if arm else {}
     own |= {"weighted": arm.weighting is not None} if arm else {}
     return json.loads(json.dumps({"run": name, "seed": seed, "shared": shared, "arm": own}))
 

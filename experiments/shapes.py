@@ -14,13 +14,14 @@ velocity target z1 - z0, model timestep 1000 sigma.
 Three sets of scenes come from disjoint seed ranges (BROAD, CURATED, HELD_OUT):
     broad     pretraining only, never stored; WRONG_CAPTIONS of its captions belong to another scene, and in a
               short last phase LATE_WRONG_CAPTIONS, so that the base knows more than it obeys: what SFT is for
-    curated   shapes_data/train, every caption correct, with an `aesthetic` column (`aesthetic_score`)
+    curated   shapes_data/train.parquet, every caption correct, with an `aesthetic` column (`aesthetic_score`)
     held out  shapes_data/prompts.jsonl, prompts only
 What is held out: the prompt space is finite (460 captions), so the prompts of five tasks are also captions of
 both training sets, of other scenes. The color_attr prompts are not: a fixed quarter of the 360 combinations
 of two colours and two shapes is used for held-out prompts and in neither training set.
 """
 
+import io
 import json
 import math
 import os
@@ -30,7 +31,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 import tyro
 from diffusers import (
@@ -57,6 +60,7 @@ from transformers import (
 )
 
 DATA = Path(__file__).parent / "shapes_data"
+PAIRS = DATA / "train.parquet"
 SIZE = 64  # pixels
 MAX_SEQUENCE_LENGTH = 12  # tokens of the longest caption, for the CLIP tokenizers and for T5
 
@@ -612,16 +616,28 @@ def mislabel(captions: list[str], share: float, seed: int) -> list[str]:
     return mixed.tolist()
 
 
+def write_pairs(rows: list[dict], path: Path) -> None:
+    """Write pairs {"image": {"bytes", "path"}, "text", "aesthetic"} to a parquet file, as datasets keeps images."""
+    kinds = {"image": datasets.Image(), "text": datasets.Value("string"), "aesthetic": datasets.Value("float64")}
+    datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
+
+
+def read_pairs(path: Path = PAIRS) -> datasets.Dataset:
+    """The curated pairs, in order: rows {"image": PNG image, "text", "aesthetic"}."""
+    return datasets.Dataset(pyarrow.parquet.read_table(path))
+
+
 def write_data(out: Path, pairs: int) -> None:
-    """Write the curated image folder out/train and the held-out out/prompts.jsonl."""
-    (out / "train").mkdir(parents=True, exist_ok=True)
+    """Write the curated pairs out/train.parquet and the held-out out/prompts.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(pairs):
         metadata, scene = example(CURATED + i)
-        name = f"{i:05d}.png"
-        render(scene).save(out / "train" / name, optimize=True)
-        rows.append({"file_name": name, "text": metadata["prompt"], "aesthetic": aesthetic_score(scene)})
-    (out / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        png = io.BytesIO()
+        render(scene).save(png, format="PNG", optimize=True)
+        image = {"bytes": png.getvalue(), "path": f"{i:05d}.png"}
+        rows.append({"image": image, "text": metadata["prompt"], "aesthetic": aesthetic_score(scene)})
+    write_pairs(rows, out / PAIRS.name)
     (out / "prompts.jsonl").write_text("".join(json.dumps(m) + "\n" for m in held_out_prompts()))
 
 

@@ -6,13 +6,13 @@
     python -m experiments.step_cost growth --size small                by batch, N, resolution, processes: a figure
     python -m experiments.step_cost fit                                computed, not measured: what fits into which GPU
 
-Weights are random, from the config: nothing is downloaded. A step starts from latents and prompt embeddings, so VAE and
-text encoders are left out; it ends with AdamW's update, at a learning rate of 0, so that all steps see the same weights
-and must give the same losses and gradients, which is asserted. Ways alternate within a repeat, forth and back; seconds
+Weights are random, from the config: nothing is downloaded. A step is train.py's, by its own functions, from
+latents and prompt embeddings on, so VAE and text encoders are left out; the learning rate is 0, so that all steps see
+the same weights and must give the same losses and gradients, which is asserted. Ways alternate within a repeat, forth and back; seconds
 are medians over the repeats, ratios medians of the ratios within a repeat. Written to experiments/results, as JSON.
 
 Memory: on CUDA max_memory_allocated. On a CPU the peak of the resident set, in a process of its own for each way: what
-weights, gradients and moments take (16 bytes a parameter) and by how much the third step exceeds that.
+weights, gradients and moments take (16 bytes per parameter) and by how much the third step exceeds that.
 """
 
 import ctypes
@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +63,7 @@ from soar import (
     sigma_from_t,
     soar_terms,
 )
-from train import add_lora, compile_blocks, make_ddp
+from train import compile_blocks, make_ddp
 
 RESULTS = Path(__file__).parent / "results"
 SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64, "qk_norm": "rms_norm"}
@@ -134,7 +135,8 @@ class Bench:
             self.transformer = SD3Transformer2DModel(**config(args.size)).to(device).train()
         self.ddp = make_ddp(self.transformer, **ddp_options)
         self.velocity = train.make_velocity(self.ddp, device, args.bf16)
-        self.optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=0.0, fused=True)
+        self.parameters = list(train.trained(self.transformer).values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)
         like = {"generator": fixed, "dtype": torch.float32}
         shapes = {"encoder_hidden_states": (b, TOKENS, self.transformer.config.joint_attention_dim)}
         shapes |= {"pooled_projections": (b, self.transformer.config.pooled_projection_dim)}
@@ -143,7 +145,6 @@ class Bench:
             {key: torch.randn(shape, **like).to(device, dtype) for key, shape in shapes.items()} for _ in range(2)
         )
         self.z0 = torch.randn(self.shape, **like).to(device)
-        self.bad = torch.zeros((), device=device)
 
     def draws(self, config: SoarConfig):
         """A step's draws on the device, and the normalizer of its loss."""
@@ -151,12 +152,17 @@ class Bench:
         return train.take(draws, slice(None), self.device), loss_normalizer(draws.t, config).item()
 
     def step(self, gradients: Callable[["Bench", Tensor], None], checkpointing: bool = False) -> Tensor:
-        """One training step, with the trainer's own update: sums (5, 4) as train.add_term has them."""
-        (self.transformer.enable_gradient_checkpointing if checkpointing else
-         self.transformer.disable_gradient_checkpointing)()  # fmt: skip
+        """One training step, with train.py's own clipping, check and update: sums (5, 4) as train.add_term has them."""
+        if checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
         sums = torch.zeros(5, 4, dtype=torch.float64, device=self.device)
         gradients(self, sums)
-        self.bad = train.update(self.optimizer, math.inf, sums, self.bad, 1)
+        train.clip_gradients(self.parameters, math.inf, sums)
+        train.check_finite(sums, None, None, None, 1)  # the rest is for its message
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
         return sums
 
 
@@ -165,7 +171,7 @@ def soar(bench: Bench, sums: Tensor, config: SoarConfig | None = None) -> None:
     config = config or bench.config
     draws, normalizer = bench.draws(config)
     terms = soar_terms(bench.velocity, bench.z0, draws, bench.cond, bench.uncond, config, normalizer=normalizer)
-    train.add_gradients(terms, 1 + config.num_aux_points * (config.lambda_aux > 0), bench.ddp, sums, last=True)
+    train.backward(terms, train.count_terms(config), bench.ddp, sums, last=True)
 
 
 def sft(bench: Bench, sums: Tensor) -> None:
@@ -178,22 +184,22 @@ def published(bench: Bench, sums: Tensor) -> None:
     is then detached, one backward through all N + 1 graphs. From its description; the arithmetic is soar.py's."""
     config, velocity, z0 = bench.config, bench.velocity, bench.z0
     draws, normalizer = bench.draws(config)
-    t1 = (draws.t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
-    sigma0, sigma1 = sigma_from_t(draws.t, config.shift), sigma_from_t(t1, config.shift)
-    z, terms = interpolate(z0, draws.z1, sigma0), []
+    t_next = (draws.t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
+    sigma, sigma_next = sigma_from_t(draws.t, config.shift), sigma_from_t(t_next, config.shift)
+    z, terms, everyone = interpolate(z0, draws.z1, sigma), [], torch.ones_like(draws.t, dtype=torch.bool)
 
     def add(z: Tensor, target: Tensor, sigma: Tensor) -> None:
         error = ((velocity(z, sigma, bench.cond).float() - target) ** 2).mean((1, 2, 3))
-        terms.append(Term(error.sum() / normalizer, error.detach(), sigma))
+        terms.append(Term(error.sum() / normalizer, error.detach(), sigma, everyone))
 
-    add(z, draws.z1 - z0, sigma0)
-    v = guided_velocity(velocity(z, sigma0, bench.uncond), velocity(z, sigma0, bench.cond), config.guidance_scale)
-    z_hat = rollout_step(z, v, sigma0, sigma1).detach()
+    add(z, draws.z1 - z0, sigma)
+    v = guided_velocity(velocity(z, sigma, bench.uncond), velocity(z, sigma, bench.cond), config.guidance_scale)
+    z_hat = rollout_step(z, v, sigma, sigma_next).detach()
     del v
     for u in draws.u[0]:
-        sigma = sigma1 + u * (1 - sigma1)
-        z = renoise(z_hat, draws.z1, sigma1, sigma)
-        add(z, correction_target(z, z0, sigma), sigma)
+        sigma_aux = sigma_next + u * (1 - sigma_next)
+        z_aux = renoise(z_hat, draws.z1, sigma_next, sigma_aux)
+        add(z_aux, correction_target(z_aux, z0, sigma_aux), sigma_aux)
     sum(term.loss for term in terms).backward()
     for i, term in enumerate(terms):
         train.add_term(sums, term, auxiliary=i > 0)
@@ -517,8 +523,9 @@ def peak_of_terms(size: str, batch_size: int, checkpointing: bool, lora_rank: in
     allocate: gradients, bf16 copies of the weights, activations. The tensors are fake, on a CPU in autocast to bf16."""
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**config(size)).train()
-    if lora_rank:
-        add_lora(transformer.to(torch.bfloat16), lora_rank)
+    if lora_rank:  # as train.add_lora does, which also fills the matrices
+        transformer.to(torch.bfloat16).requires_grad_(False)
+        transformer.add_adapter(LoraConfig(r=lora_rank, target_modules=list(train.LORA_MODULES)))
     with FakeTensorMode():
         for module in transformer.modules():  # fake ones in place of meta ones, which autocast passes over
             for name, x in module.named_parameters(recurse=False):
@@ -582,17 +589,18 @@ def fit(args: Args, device: torch.device) -> dict:
     """The ladder of what fits where, and the all-reduce on paper: computed, none of it measured."""
     size, made = "sd3.5-medium", []
     vae, text = peak_of_vae(args.batch_size, SIDES[size]), encoders(args.batch_size)
-    ladder = [(80, False, False, None, False), (80, True, False, None, False), (48, True, True, None, False)]
-    ladder += [(24, True, False, 16, False), (24, True, False, 16, True)]
-    for gpu, checkpointing, sharded, rank, on_cpu in ladder:
-        found, ranks = peak_of_terms(size, args.batch_size, checkpointing, rank), 8 if sharded else 1
+    ladder = [(80, False, None, False), (80, True, None, False), (48, True, None, True)]
+    ladder += [(24, True, 16, False), (24, True, 16, True)]
+    for gpu, checkpointing, rank, on_cpu in ladder:
+        found = peak_of_terms(size, args.batch_size, checkpointing, rank)
         frozen = vae["weights"] + (0 if on_cpu else 2 * text["parameters"])
         peak = max(found["peak"], 4 * found["trained"] + vae["peak"])  # images are encoded while gradients are there
-        total = found["weights"] + peak + 8 * found["trained"] / ranks + frozen
-        flags = ["--gradient_checkpointing"] * checkpointing + ["--shard_optimizer (8 ranks)"] * sharded
-        flags += [f"--lora_rank {rank}"] * bool(rank) + ["--text_encoder_device cpu"] * on_cpu
+        total = found["weights"] + peak + 8 * found["trained"] + frozen
+        flags = ["--gradient_checkpointing"] if checkpointing else []
+        flags += [f"--lora_rank {rank}"] if rank else []
+        flags += ["--text_encoder_device cpu"] if on_cpu else []
         row = {"gpu_gb": gpu, "flags": " ".join(flags) or "as is", "total_gb": total / 1e9}
-        row |= {"weights_gb": found["weights"] / 1e9, "moments_gb": 8 * found["trained"] / ranks / 1e9}
+        row |= {"weights_gb": found["weights"] / 1e9, "moments_gb": 8 * found["trained"] / 1e9}
         row |= {"gradients_bf16_weights_activations_gb": peak / 1e9, "encoders_vae_gb": frozen / 1e9}
         made.append(row)
         print(f"{gpu} GB, {row['flags']}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k.endswith("_gb")))

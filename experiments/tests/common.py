@@ -1,26 +1,55 @@
-"""What tests share: the small pipeline's flags, a launcher, a part of the shapes world."""
+"""What tests share: the small pipeline's flags, train.py's arguments, a launcher, a part of the shapes world."""
 
-import json
+import contextlib
+import io
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import train
 from experiments.sft_vs_soar import World, load_world
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"pretrained_model_name_or_path": str(DATA / "model"), "max_sequence_length": MAX_SEQUENCE_LENGTH}
 MODEL |= {"mixed_precision": "no"}
+DATASET = {"dataset": str(PAIRS), "resolution": 64, "dataloader_num_workers": 0}
+
+
+def words_of(flags: dict) -> list[str]:
+    """Flags as on a command line: True and False as --name and --no-name, several values after one --name, but for
+    --min, which is given again for each."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif name == "min":
+            words += [word for one in value for word in ("--min", one)]
+        else:
+            values = value if isinstance(value, tuple | list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def train_args(**flags) -> train.Args:
+    """train.py's arguments by its own parser, from flags as on its command line; without some, those of MODEL and
+    DATASET. Raises ValueError: what the parser would print."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return train.parse(words_of(MODEL | DATASET | flags))
+    except SystemExit:
+        message = re.sub(r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue())  # without the box that tyro draws around it
+        raise ValueError(message.strip()) from None
 
 
 def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:
     """script under torchrun, or alone with 1 process, in a process group of its own; one thread a process."""
-    words += tuple(str(word) for name, value in flags.items() for word in (f"--{name}", value))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(launcher if processes > 1 else [sys.executable]), script, *words]
+    command = [*(launcher if processes > 1 else [sys.executable]), script, *words, *words_of(flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background ignores it
@@ -43,13 +72,16 @@ def launch(processes: int, script: str, *words: str, **flags) -> subprocess.Comp
     return finish(start(processes, script, *words, **flags))
 
 
+def copy_pairs(rows: range, path: Path) -> Path:
+    """Some rows of the curated pairs as a parquet file of their own."""
+    read_pairs().select(rows).to_parquet(path)
+    return path
+
+
 def small_world(folder: Path) -> World:
     """The first 12 pairs and every hundredth prompt, copied to folder."""
-    (folder / "train").mkdir(parents=True)
-    lines = (DATA / "train/metadata.jsonl").read_text().splitlines(keepends=True)[:12]
-    (folder / "train/metadata.jsonl").write_text("".join(lines))
-    for line in lines:
-        shutil.copy(DATA / "train" / json.loads(line)["file_name"], folder / "train")
+    folder.mkdir(parents=True)
+    copy_pairs(range(12), folder / PAIRS.name)
     prompts = (DATA / "prompts.jsonl").read_text().splitlines(keepends=True)
     (folder / "prompts.jsonl").write_text("".join(prompts[::100]))
     return load_world(folder / "world.safetensors", folder)

@@ -23,7 +23,7 @@ import sample
 import train
 from experiments import diversity, figures
 from experiments import sft_vs_soar as experiment
-from experiments.shapes import COLORS, DATA, Scene, Thing, render
+from experiments.shapes import COLORS, DATA, PAIRS, Scene, Thing, render
 from experiments.tests.common import MODEL, small_world
 from sample import seeded
 from soar import SoarConfig
@@ -198,7 +198,7 @@ def test_arms_multiply_steps_batch_and_rate(world, monkeypatch):
 
 def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
     flags = {"train_batch_size": 4, "max_train_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "seed": 5}
-    flags |= {"learning_rate": 1e-3, "resolution": 64, "dataset": str(world.data / "train")}
+    flags |= {"learning_rate": 1e-3, "resolution": 64, "dataset": str(world.data / PAIRS.name)}
     train.main(train.Args(output_dir=tmp_path / "run", **flags, **MODEL))
     theirs = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = []

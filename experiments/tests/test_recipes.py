@@ -10,7 +10,6 @@ block's rollout must be the first step of diffusers' pipeline.
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import re
 import shlex
@@ -41,14 +40,13 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import sample
 import soar
 import train
 from experiments import check_velocity as check_velocity_module
 from experiments.check_velocity import check_velocity
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, read_pairs
 from experiments.tests.common import ROOT
 from sample import encode_images, encode_prompts, load_pipeline, load_transformer
 
@@ -676,11 +674,11 @@ class World:
         name, cpu = str(DATA / "model"), torch.device("cpu")
         pipe = load_pipeline(name, torch.float32, cpu)
         self.transformer = load_transformer(name, None, torch.float32, cpu)
-        rows = [json.loads(line) for line in (DATA / "train" / "metadata.jsonl").read_text().splitlines()[:8]]
-        images = [np.array(Image.open(DATA / "train" / row["file_name"]).convert("RGB")) for row in rows]
+        rows = read_pairs().select(range(8))
+        images = [np.array(image) for image in rows["image"]]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
         self.z0 = encode_images(pipe, pixels, torch.zeros(8, 16, 8, 8))
-        self.cond = encode_prompts(pipe, [row["text"] for row in rows], MAX_SEQUENCE_LENGTH)
+        self.cond = encode_prompts(pipe, list(rows["text"]), MAX_SEQUENCE_LENGTH)
         self.uncond = encode_prompts(pipe, [""] * 8, MAX_SEQUENCE_LENGTH)
         sd15 = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
         self.vp = sd15.sqrt(), (1 - sd15).sqrt()
