@@ -1,957 +1,661 @@
-"""Proofs of soar.py, each over random shapes, ranks, noise levels and differentiable models.
+"""Proofs of soar.py, over random shapes, settings, noise levels and differentiable models.
 
-    pytest test_soar.py                                # 50 examples a property, derandomized
-    HYPOTHESIS_PROFILE=deep pytest test_soar.py        # 2,000 examples
+    pytest test_soar.py                  # 30 examples of each property
+    EXAMPLES=2000 pytest test_soar.py    # more of them
 
-Hypothesis draws seeds, shapes and settings; every tensor comes from torch.Generator().manual_seed(seed). Computations
-are in float64 unless a test is about precision. Tolerances follow from the arithmetic: CLOSE below is for values of
-order 1 to 1e4 reached by some hundred float64 operations, one of them a division by sigma' >= 1e-3.
+Sections 1 to 6 are theorems, each stated as a formula. A second implementation follows, then the
+stochastic steps, precision, draws, and what is refused. Hypothesis chooses shapes, settings and
+seeds; tensors come from torch.Generator().manual_seed(seed), in float64 unless a test is about
+precision. CLOSE fits values up to 1e4 after some hundred float64 operations, 1e-16 off in each.
 """
 
 import copy
-import dataclasses
 import math
 import os
 import weakref
+from dataclasses import FrozenInstanceError, asdict, replace
+from functools import partial
+from math import inf, nan
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn import Parameter
+from torch.testing import assert_close
 
 import soar
-from soar import SDE_TYPES, Draws, SoarConfig, Term, draw, interpolate, rollout_step, sft_loss, soar_loss, soar_terms
+from soar import SDE_TYPES, Draws, SoarConfig, draw, interpolate, rollout_step, soar_terms
 
-settings.register_profile("dev", max_examples=50, derandomize=True, deadline=None)
-settings.register_profile("deep", max_examples=2000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+examples = int(os.environ.get("EXAMPLES", 30))
+settings.register_profile("soar", max_examples=examples, derandomize=True, deadline=None)
+settings.load_profile("soar")
 
+EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-seeds = st.integers(0, 2**32 - 1)
-shapes = st.integers(1, 4).flatmap(
-    lambda rank: st.tuples(st.integers(1, 4), *[st.integers(1, 3)] * rank)
-)  # (B, C) to (B, C, T, H, W)
-levels = st.floats(0.0, 1.0)
-configs = st.builds(
-    SoarConfig,
-    lambda_aux=st.sampled_from([0.1, 1.0, 2.5]),
-    num_aux_points=st.integers(1, 3),
-    num_rollout_paths=st.integers(1, 3),
-    num_sampling_steps=st.sampled_from([1, 2, 4, 40]),
-    guidance_scale=st.sampled_from([0.0, 1.0, 4.5, -2.0]),
-    shift=st.sampled_from([0.5, 1.0, 3.0, 6.0]),
-    t_min=st.sampled_from([1e-3, 0.25]),
-    logit_mean=st.sampled_from([-1.0, 0.0, 1.0]),
-    logit_std=st.sampled_from([0.5, 1.0, 3.0]),
-    sde_type=st.sampled_from(SDE_TYPES),
-    sde_noise_scale=st.sampled_from([0.0, 0.5, 1.0]),
-    shared_noise=st.booleans(),
-    sigma_upper_ratio=st.sampled_from([1.0, 1.5, math.inf]),
-)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
-def rng(seed: int) -> torch.Generator:
+def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def randn(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+def randn(seed, *shape):
+    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
+
+
+def full(shape, sigma):
+    """One level for all samples of a batch of this shape."""
+    return torch.full(shape[:1], sigma, dtype=torch.float64)
 
 
 class Model(torch.nn.Module):
-    """A smooth random velocity, sample by sample; `null` serves the unconditional branch alone."""
+    """A smooth random velocity. Without a prompt cond is `null`, a parameter like the others."""
 
-    def __init__(self, shape, seed, dtype=torch.float64):
+    def __init__(self, shape, seed, dtype):
         super().__init__()
-        self.D = math.prod(shape[1:])
-        new = lambda i, *size: torch.nn.Parameter(randn(seed + i, *size).to(dtype))  # noqa: E731
-        self.weight, self.time, self.scale, self.null = (
-            new(1, self.D, self.D),
-            new(2, self.D),
-            new(3, self.D),
-            new(4, self.D),
-        )
+        size = math.prod(shape[1:])
+        self.weight = Parameter(randn(seed + 1, size, size))
+        self.time = Parameter(randn(seed + 2, size))
+        self.scale = Parameter(randn(seed + 3, size))
+        self.null = Parameter(randn(seed + 4, size))
+        self.to(dtype)
 
     def forward(self, z, sigma, cond):
-        x = torch.tanh(z.flatten(1) @ self.weight + torch.sin(3 * sigma.to(z.dtype))[:, None] * self.time)
-        return (self.scale * x + (self.null if cond["null"] else cond["embeds"])).reshape(z.shape)
+        time = torch.sin(3 * sigma.to(z.dtype))[:, None] * self.time
+        x = torch.tanh(z.flatten(1) @ self.weight + time)
+        return (self.scale * x + cond).reshape(z.shape)
 
 
 class Case:
-    """A model, z0, conditioning and draws, all functions of (shape, config, seed)."""
+    """A model, latents, prompts and draws: functions of shape, config and seed alone."""
 
     def __init__(self, shape, config, seed, dtype=torch.float64):
-        self.shape, self.config, self.model = shape, config, Model(shape, seed, dtype)
+        self.shape, self.config = shape, config
+        self.model = Model(shape, seed, dtype)
         self.z0 = randn(seed + 10, *shape).to(dtype)
-        self.cond = {"embeds": randn(seed + 11, shape[0], self.model.D).to(dtype), "null": False}
-        self.uncond = {"null": True}
+        self.cond = randn(seed + 11, shape[0], math.prod(shape[1:])).to(dtype)
         self.draws = draw(shape, config, rng(seed + 12))
-
-    def terms(self, velocity=None, config=None, **kwargs):
-        config = config or self.config
-        return soar_terms(velocity or self.model, self.z0, self.draws, self.cond, self.uncond, config, **kwargs)
 
     def part(self, index):
         """The same case, for some samples of the batch only."""
         part, d = copy.copy(self), self.draws
-        part.z0, part.cond = self.z0[index], {"embeds": self.cond["embeds"][index], "null": False}
-        stacked = (x if x is None else x[:, index] for x in (d.path_noise, d.path_z1))
+        part.z0, part.cond = self.z0[index], self.cond[index]
+        stacked = [x if x is None else x[:, index] for x in (d.path_noise, d.path_z1)]
         part.draws = Draws(d.z1[index], d.t[index], d.u[:, :, index], *stacked)
         return part
 
-    def grads(self, loss):
-        return torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True, retain_graph=True)
+    def arguments(self, velocity=None):
+        velocity = velocity or self.model
+        return velocity, self.z0, self.draws, self.cond, self.model.null, self.config
 
-    def sigma0(self):
-        return soar.sigma_from_t(self.draws.t.double(), self.config.shift)
+    def terms(self, velocity=None, **options):
+        return soar_terms(*self.arguments(velocity), **options)
 
+    def loss(self, velocity=None, **options):
+        return sum(term.loss for term in self.terms(velocity, **options))
 
-def per_sample(sigma, like):
-    return sigma.reshape(-1, *[1] * (like.ndim - 1))
+    def sft(self, sigma, **options):
+        """SFT of each sample, at these levels."""
+        z1 = self.draws.z1.to(self.z0.dtype)
+        return soar.sft_loss(self.model, self.z0, z1, sigma, self.cond, **options)
 
-
-def assert_all_close(left, right, **tolerance):
-    assert len(left) == len(right)
-    for a, b in zip(left, right):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(tolerance or CLOSE))
-
-
-# --- A second implementation, from the paper's formulas, one sample and one point at a time ---
+    def gradients(self, loss):
+        options = {"allow_unused": True, "retain_graph": True}
+        return torch.autograd.grad(loss, list(self.model.parameters()), **options)
 
 
-def reference_points(case, states=None):
-    """Yields (state, target, sigma, weight) of each point of each sample, per term: the base term's, then M N lists."""
-    c, d = case.config, case.draws
-    terms = [[] for _ in range(1 + c.num_rollout_paths * c.num_aux_points)]
-    for b in range(len(case.z0)):
-        z0, z1, t0 = case.z0[b].double(), d.z1[b].double(), d.t[b].item()
-        sigma_of = lambda t: c.shift * t / (1 + (c.shift - 1) * t)  # noqa: E731
-        t1 = max(t0 - 1 / c.num_sampling_steps, c.t_min)
-        s0, s1 = sigma_of(t0), sigma_of(t1)
-        z = (1 - s0) * z0 + s0 * z1
-        terms[0].append((z, z1 - z0, s0, 1.0))
-        with torch.no_grad():
-            sigma = torch.tensor([s0], dtype=torch.float64)
-            v_cond = case.model(z[None], sigma, {"embeds": case.cond["embeds"][b : b + 1], "null": False})[0]
-            v_uncond = case.model(z[None], sigma, {"null": True})[0]
-            v = v_uncond + c.guidance_scale * (v_cond - v_uncond)
-            clean, noisy, step, eta = z - s0 * v, z + (1 - s0) * v, s1 - s0, c.sde_noise_scale
-            for m in range(c.num_rollout_paths):
-                n = d.path_noise[m - 1, b].double() if m > 0 else None
-                if m == 0:
-                    z_hat = z + step * v
-                elif c.sde_type == "simple":
-                    z_hat = z + step * v + eta * math.sqrt(-step) * n
-                elif c.sde_type == "sde":
-                    z_hat = (1 - s1) * clean + s1 * n
-                elif c.sde_type == "flow_sde":
-                    S = eta * math.sqrt(s0 / (1 - min(s0, sigma_of(0.999))))
-                    z_hat = z * (1 + S * S * step / (2 * s0)) + v * step * (1 + S * S * (1 - s0) / (2 * s0))
-                    z_hat = z_hat + S * math.sqrt(-step) * n
-                elif c.sde_type == "cps":
-                    q = s1 * math.sin(eta * math.pi / 2)
-                    z_hat = (1 - s1) * clean + math.sqrt(max(s1**2 - q**2, 0)) * noisy + q * n
-                endpoint = z1 if c.shared_noise else d.path_z1[m, b].double()
-                for k in range(c.num_aux_points):
-                    s = s1 + d.u[m, k, b].item() * (min(c.sigma_upper_ratio * s0, 1) - s1)
-                    alpha = (s - s1) / (1 - s1)
-                    state = (1 - alpha) * z_hat + alpha * endpoint
-                    counts = 1.0 if m == 0 or t0 - 1 / c.num_sampling_steps > c.t_min else 0.0
-                    point = (state, (state - z0) / s, s, counts)
-                    terms[1 + m * c.num_aux_points + k].append(point)
-    return terms
+any_of = st.sampled_from
+seeds = st.integers(0, 2**32 - 1)
+levels = st.floats(0, 1)
+sizes = st.lists(st.integers(1, 3), min_size=1, max_size=4)  # (C,) to (C, T, H, W)
+shapes = st.builds(lambda batch, size: (batch, *size), st.integers(1, 4), sizes)
+configs = st.builds(
+    SoarConfig,
+    lambda_aux=any_of([0.1, 1.0, 2.5]),
+    num_aux_points=any_of([1, 2, 3]),
+    num_rollout_paths=any_of([1, 2, 3]),
+    num_sampling_steps=any_of([1, 2, 4, 40]),
+    guidance_scale=any_of([0.0, 1.0, 4.5, -2.0]),
+    shift=any_of([0.5, 1.0, 3.0, 6.0]),
+    t_min=any_of([1e-3, 0.25]),
+    logit_mean=any_of([-1.0, 0.0, 1.0]),
+    logit_std=any_of([0.5, 1.0, 3.0]),
+    sde_type=any_of(SDE_TYPES),
+    sde_noise_scale=any_of([0.0, 0.5, 1.0]),
+    shared_noise=any_of([True, False]),
+    sigma_upper_ratio=any_of([1.0, 1.5, inf]),
+)
+no_lambda = configs.map(lambda config: replace(config, lambda_aux=0.0))
+no_points = configs.map(lambda config: replace(config, num_aux_points=0))
+ode_configs = configs.map(lambda config: replace(config, num_rollout_paths=1, shared_noise=True))
+cases = st.builds(Case, shapes, configs, seeds)
+sft_cases = st.builds(Case, shapes, no_lambda | no_points, seeds, any_of(DTYPES))
+ode_cases = st.builds(Case, shapes, ode_configs, seeds)
 
 
-def reference_terms(case, weighting=lambda sigma: 1.0):
-    """The errors, levels and losses of all terms, from reference_points taken as constants."""
-    points = reference_points(case)
-    normalizer = len(case.z0) + case.config.lambda_aux * sum(p[3] for term in points[1:] for p in term)
-    for i, term in enumerate(points):
-        z, target, sigma, counts = (
-            torch.stack([x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64) for x in column])
-            for column in zip(*term)
-        )
-        error = (case.model(z, sigma, case.cond) - target).square().flatten(1).mean(1)
-        weight = torch.tensor([weighting(s) for s in sigma.tolist()], dtype=torch.float64)
-        loss = (counts * weight * error).sum() * (1.0 if i == 0 else case.config.lambda_aux) / normalizer
-        yield Term(loss, (counts * error).detach(), sigma)
+# --- 1. Without auxiliary terms SOAR is SFT
+
+@given(sft_cases)
+def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(case):
+    """lambda N = 0:  L = 1/B sum_b w(sigma) mean |v(z, sigma) - (z1 - z0)|^2,  dL too."""
+    dtype, shift, calls = case.z0.dtype, case.config.shift, []
+    case.draws = case.draws._replace(z1=case.draws.z1.to(dtype).float())  # exact in dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    z0, z1, t = (x.to(wide) for x in (case.z0, case.draws.z1, case.draws.t))
+
+    def velocity(z, sigma, cond):
+        calls.append(cond)
+        return case.model(z.to(dtype), sigma, cond)
+
+    def weighting(sigma):  # a learned one: it has a gradient too
+        return sigma + case.model.null.mean()
+
+    sigma = shift * t / (shift * t + (1 - t))
+    s = sigma.reshape(-1, *[1] * (z0.ndim - 1))
+    v = velocity((1 - s) * z0 + s * z1, sigma, case.cond).to(wide)
+    error = ((v - (z1 - z0)) ** 2).flatten(1).mean(1)
+    expected = (weighting(sigma) * error).sum() / len(z0)
+
+    (term,) = case.terms(velocity, weighting=weighting)
+    loss = soar.soar_loss(*case.arguments(velocity), weighting=weighting)
+    each = case.sft(sigma.double(), weighting=weighting)
+    assert len(calls) == 3  # expected, term and loss take one each
+    assert each.shape == case.shape[:1]
+    for ours in (term.loss, loss, each.sum() / len(z0)):
+        assert torch.equal(ours, expected)
+        assert_close(case.gradients(ours), case.gradients(expected), **EXACT)
 
 
-@given(shapes, configs, seeds)
-@example((2, 3), SoarConfig(num_rollout_paths=2, shift=6.0, logit_mean=50.0), 0)  # t = 1: flow_sde's sigma is bounded
-def test_terms_equal_the_papers_formulas_for_any_settings(shape, config, seed):
-    case = Case(shape, config, seed)
-    weighting = lambda s: 0.5 + s**2  # noqa: E731
-    terms = list(case.terms(weighting=weighting))
-    expected = list(reference_terms(case, weighting))
-    assert len(terms) == 1 + config.num_rollout_paths * config.num_aux_points
-    for term, ref in zip(terms, expected):
-        assert_all_close(term, ref)
-    loss, ref_loss = sum(t.loss for t in terms), sum(t.loss for t in expected)
-    assert_all_close(case.grads(loss), case.grads(ref_loss), rtol=1e-8, atol=1e-8)
+# --- 2. With an exact model each auxiliary term is SFT
 
-
-@given(shapes, configs, seeds)
-def test_soar_loss_is_the_sum_of_the_terms_on_the_generators_draws(shape, config, seed):
-    case = Case(shape, config, seed)
-    loss = soar_loss(case.model, case.z0, case.cond, case.uncond, config, generator=rng(seed + 12), weighting=torch.exp)
-    torch.testing.assert_close(loss, sum(t.loss for t in case.terms(weighting=torch.exp)), rtol=0, atol=0)
-    default = soar_loss(case.model, case.z0, case.cond, case.uncond, generator=rng(seed))
-    same = soar_loss(case.model, case.z0, case.cond, case.uncond, SoarConfig(), generator=rng(seed), weighting=None)
-    assert torch.equal(default, same)
-
-
-# --- 1. SOAR without auxiliary points is SFT ---
-
-
-@given(shapes, configs, seeds, st.sampled_from(["lambda", "N"]), st.sampled_from([torch.float32, torch.float64]))
-def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(shape, config, seed, which, dtype):
-    config = dataclasses.replace(config, **{"lambda": {"lambda_aux": 0.0}, "N": {"num_aux_points": 0}}[which])
-    case = Case(shape, config, seed, dtype)
-    z0, z1, t = case.z0, case.draws.z1.to(dtype), case.draws.t.to(dtype)
-    sigma = config.shift * t / (config.shift * t + (1 - t))
-    s = per_sample(sigma, z0)
-    v = case.model((1 - s) * z0 + s * z1, sigma, case.cond)
-    reference = ((v - (z1 - z0)) ** 2).flatten(1).mean(1).sum() / len(z0)
-    calls = []
-    counted = lambda *args: calls.append(args) or case.model(*args)  # noqa: E731
-    terms = list(case.terms(counted))
-    loss = soar_loss(counted, z0, case.cond, case.uncond, config, generator=rng(seed + 12))
-    assert len(terms) == 1 and len(calls) == 2  # no rollout either
-    assert torch.equal(terms[0].loss, reference) and torch.equal(loss, reference)
-    unreduced = sft_loss(case.model, z0, z1, sigma, case.cond)
-    assert unreduced.shape == (len(z0),) and torch.equal(unreduced.sum() / len(z0), reference)
-    for ours in (terms[0].loss, loss):
-        for a, b in zip(case.grads(ours), case.grads(reference)):
-            assert (a is None and b is None) or torch.equal(a, b)
-
-
-@given(shapes, seeds)
-def test_sft_loss_weights_each_sample_by_its_noise_level(shape, seed):
-    case = Case(shape, SoarConfig(), seed)
-    args = case.model, case.z0, case.draws.z1.double(), case.sigma0(), case.cond
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # a weighting may be learned
-    weighted = sft_loss(*args, weighting=lambda s: scale / s)
-    torch.testing.assert_close(weighted, sft_loss(*args) / case.sigma0(), **CLOSE)
-    torch.testing.assert_close(torch.autograd.grad(weighted.sum(), scale)[0], weighted.sum().detach(), **CLOSE)
-
-
-# --- 2, 3. An exact model, and a rollout that goes nowhere, give SFT terms ---
-
-
-@given(shapes, configs, seeds)
-def test_aux_terms_are_sft_terms_on_the_ideal_path_when_the_velocity_is_exact(shape, config, seed):
-    config = dataclasses.replace(config, num_rollout_paths=1, shared_noise=True)
-    case = Case(shape, config, seed)
+@given(ode_cases)
+def test_aux_term_equals_sft_at_sigma_aux_when_the_rollout_is_exact(case):
+    """v = z1 - z0:  z_aux = (1 - sigma_aux) z0 + sigma_aux z1,  its target is z1 - z0."""
     z1, calls = case.draws.z1.double(), []
-    rollout_calls = 1 if config.guidance_scale == 1 else 2  # the base term's forward and the unconditional one
+    rollout_calls = 1 if case.config.guidance_scale == 1 else 2  # the base term's is one of them
 
-    def exact_in_the_rollout(z, sigma, cond):
-        calls.append(sigma)
-        torch.testing.assert_close(z, interpolate(case.z0, z1, sigma), rtol=1e-12, atol=1e-12)
+    def velocity(z, sigma, cond):
+        calls.append(cond)
+        assert_close(z, interpolate(case.z0, z1, sigma), rtol=1e-12, atol=1e-12)
         return z1 - case.z0 if len(calls) <= rollout_calls else case.model(z, sigma, cond)
 
-    base, *aux = case.terms(exact_in_the_rollout)
-    assert base.error.max() == 0
+    base, *aux = case.terms(velocity, weighting=torch.exp)
+    assert (base.error == 0).all()
+    factor = case.config.lambda_aux / soar.loss_normalizer(case.draws.t.double(), case.config)
     for term in aux:
-        sft = sft_loss(case.model, case.z0, z1, term.sigma, case.cond)
-        torch.testing.assert_close(term.error, sft.detach(), **CLOSE)
-    for term in case.terms(lambda z, sigma, cond: z1 - case.z0):
-        assert term.error.max() <= 1e-18
+        assert_close(term.error, case.sft(term.sigma).detach(), **CLOSE)
+        sft = case.sft(term.sigma, weighting=torch.exp)
+        assert_close(term.loss, factor * sft.sum(), **CLOSE)
 
 
-@given(shapes, seeds, st.sampled_from([1.0, 4.5]), st.integers(1, 4))
-def test_aux_terms_are_sft_terms_at_sigma_prime_when_the_rollout_stays_at_sigma0(shape, seed, guidance_scale, points):
-    case = Case(shape, SoarConfig(guidance_scale=guidance_scale, num_aux_points=points, t_min=0.5), seed)
-    case.draws = case.draws._replace(t=torch.full((shape[0],), 0.5))  # at the clean boundary: t1 = t0
-    for term in list(case.terms())[1:]:
-        sft = sft_loss(case.model, case.z0, case.draws.z1.double(), term.sigma, case.cond)
-        torch.testing.assert_close(term.error, sft.detach(), **CLOSE)
-
+# --- 3. With ever more sampler steps too
 
 @given(shapes, seeds)
-def test_aux_terms_tend_to_sft_terms_at_sigma_prime_as_the_number_of_steps_grows(shape, seed):
+def test_aux_terms_tend_to_sft_at_sigma_aux_as_the_number_of_steps_grows(shape, seed):
+    """K -> infinity:  error(z_aux, sigma_aux) = SFT(sigma_aux) + O(1 / K)."""
     case = Case(shape, SoarConfig(), seed)
-    case.draws = Draws(*(x if x is None else x.double() for x in case.draws))
     gaps = []
-    for K in (10**4, 10**5, 10**6):
-        terms = list(case.terms(config=SoarConfig(num_sampling_steps=K)))[1:]
-        sft = [sft_loss(case.model, case.z0, case.draws.z1, term.sigma, case.cond) for term in terms]
-        gaps.append(max((term.error - s.detach()).abs().max().item() for term, s in zip(terms, sft)))
-    assert gaps[1] < 0.2 * gaps[0] + 1e-7 and gaps[2] < 0.2 * gaps[1] + 1e-7  # first order in 1 / K
+    for steps in (10**4, 10**5, 10**6):
+        case.config = SoarConfig(num_sampling_steps=steps)
+        _, *aux = case.terms()
+        off = [term.error - case.sft(term.sigma).detach() for term in aux]
+        gaps.append(torch.stack(off).abs().max())
+    for gap, next_gap in zip(gaps, gaps[1:]):
+        assert next_gap < 0.2 * gap + 1e-7  # a tenth, but for the second order and rounding
 
 
-# --- 4. The correction's identities ---
+# --- 4. Identities of the correction
 
-
-@given(shapes, seeds, st.floats(1e-6, 1.0))
+@given(shapes, seeds, st.floats(1e-6, 1))
 @example((2, 3), 0, 1e-6)
-def test_correction_target_leads_to_the_clean_latent_from_any_state(shape, seed, sigma):
-    z, z0 = randn(seed, *shape), randn(seed + 1, *shape)
-    s = torch.full((shape[0],), sigma, dtype=torch.float64)
-    torch.testing.assert_close(z - sigma * soar.correction_target(z, z0, s), z0, rtol=1e-12, atol=1e-12)
-    z1 = randn(seed + 2, *shape)
+def test_correction_leads_to_the_clean_latent_from_any_state(shape, seed, sigma):
+    """z - sigma v_corr = z0 for any z;  v_corr = z1 - z0 where z = (1 - sigma) z0 + sigma z1."""
+    z, z0, z1 = (randn(seed + i, *shape) for i in range(3))
+    s = full(shape, sigma)
+    clean = z - sigma * soar.correction_target(z, z0, s)
+    assert_close(clean, z0, rtol=1e-12, atol=1e-12)
     ideal = soar.correction_target(interpolate(z0, z1, s), z0, s)
-    torch.testing.assert_close(ideal, z1 - z0, rtol=1e-12, atol=1e-15 * 30 / sigma)
+    assert_close(ideal, z1 - z0, rtol=1e-12, atol=3e-14 / sigma)
 
 
-@given(shapes, seeds, st.floats(0.05, 0.95), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_correction_differs_from_the_ideal_velocity_by_its_closed_form(shape, seed, sigma0, fraction, u):
+@given(shapes, seeds, st.floats(0.05, 0.95), st.floats(0.05, 1), levels)
+def test_correction_minus_ideal_velocity_equals_its_closed_form(shape, seed, a, fraction, u):
+    """v_corr - (z1 - z0) = (z_aux - z_ideal) / sigma_aux
+    = (1 - alpha) (sigma_next - sigma) (v - (z1 - z0)) / sigma_aux."""
     z0, z1, v = (randn(seed + i, *shape) for i in range(3))
-    sigma1 = sigma0 * (0.05 + 0.95 * fraction)
-    sigma = sigma1 + u * (1 - sigma1)
-    full = lambda x: torch.full((shape[0],), x, dtype=torch.float64)  # noqa: E731
-    z_hat = rollout_step(interpolate(z0, z1, full(sigma0)), v, full(sigma0), full(sigma1))
-    z = soar.renoise(z_hat, z1, full(sigma1), full(sigma))
-    difference = soar.correction_target(z, z0, full(sigma)) - (z1 - z0)
-    alpha = (sigma - sigma1) / (1 - sigma1)
-    closed = (1 - alpha) * (sigma1 - sigma0) * (v - (z1 - z0)) / sigma
-    torch.testing.assert_close(difference, closed, **CLOSE)
-    torch.testing.assert_close(difference, (z - interpolate(z0, z1, full(sigma))) / sigma, **CLOSE)
+    b = a * fraction
+    c = b + u * (1 - b)
+    sigma, sigma_next, sigma_aux = (full(shape, x) for x in (a, b, c))
+    z_hat = rollout_step(interpolate(z0, z1, sigma), v, sigma, sigma_next)
+    z_aux = soar.renoise(z_hat, z1, sigma_next, sigma_aux)
+    off = soar.correction_target(z_aux, z0, sigma_aux) - (z1 - z0)
+    assert_close(off, (z_aux - interpolate(z0, z1, sigma_aux)) / c, **CLOSE)
+    alpha = (c - b) / (1 - b)
+    assert_close(off, (1 - alpha) * (b - a) * (v - (z1 - z0)) / c, **CLOSE)
 
 
-@given(shapes, seeds, st.floats(0.0, 1.0, exclude_max=True))
-@example((2, 3), 0, 0.9999)
-def test_renoised_state_is_z1_at_one_and_z_hat_at_its_own_level(shape, seed, sigma_hat):
-    z_hat, z1 = randn(seed, *shape), randn(seed + 1, *shape)
-    low = torch.full((shape[0],), sigma_hat, dtype=torch.float64)
-    assert torch.equal(soar.renoise(z_hat, z1, low, torch.ones_like(low)), z1)
-    assert torch.equal(soar.renoise(z_hat, z1, low, low), z_hat)
-
-
-@given(st.floats(0.0, 1.0, allow_subnormal=False), st.floats(0.1, 10.0))
+@given(st.floats(0, 1, allow_subnormal=False), st.floats(0.1, 10))
 @example(1.0, 3.3)
-def test_sigma_from_t_is_the_shift_formula_and_t_from_sigma_its_inverse(t, shift):
+def test_t_from_sigma_inverts_sigma_from_t_for_any_shift(t, shift):
+    """sigma(t) = shift t / (1 + (shift - 1) t),  t(sigma(t)) = t;  sigma(0) = 0, sigma(1) = 1."""
     sigma = soar.sigma_from_t(t, shift)
-    assert math.isclose(sigma, shift * t / (1 + (shift - 1) * t), rel_tol=1e-12) and 0 <= sigma <= 1
+    assert math.isclose(sigma, shift * t / (1 + (shift - 1) * t), rel_tol=1e-12)
     assert math.isclose(soar.t_from_sigma(sigma, shift), t, rel_tol=1e-12)
-    assert soar.sigma_from_t(1.0, shift) == 1 and soar.sigma_from_t(0.0, shift) == 0
-    assert soar.sigma_from_t(t) == soar.sigma_from_t(t, 3.0) and soar.t_from_sigma(t) == soar.t_from_sigma(t, 3.0)
-    tensor = torch.tensor([t, 1.0], dtype=torch.float32)
-    assert (soar.sigma_from_t(tensor, shift) <= 1).all() and soar.sigma_from_t(tensor, shift)[1] == 1
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(soar.sigma_from_t(ends, shift), ends)
 
 
-@given(shapes, seeds, st.floats(-5, 10))
-def test_guided_velocity_extrapolates_from_unconditional_to_conditional(shape, seed, w):
-    u, c = randn(seed, *shape), randn(seed + 1, *shape)
-    torch.testing.assert_close(soar.guided_velocity(u, c, w), (1 - w) * u + w * c, **CLOSE)
-    assert torch.equal(soar.guided_velocity(u, c, 0.0), u)
+# --- 5. The loss is a weighted mean of the errors
+
+@given(cases, st.floats(0.01, 100))
+def test_loss_equals_e_for_any_lambda_n_and_m_when_all_errors_are_e(case, e):
+    """mean |v - target|^2 = e at each point:  L = e (B + lambda points) / (B + lambda points)."""
+
+    def velocity(z, sigma, cond):  # each target is (z - z0) / sigma, that of the base term too
+        return soar.correction_target(z, case.z0, sigma) + math.sqrt(e)
+
+    assert_close(case.loss(velocity).item(), e, rtol=1e-8, atol=0)
 
 
-# --- 5, 6, 7. Gradients and normalisation ---
+@given(cases, st.integers(1, 4))
+def test_parts_of_a_batch_add_up_to_the_whole_under_its_normalizer(case, cut):
+    """n = B + lambda points of the whole:  L(whole) = L(left; n) + L(right; n),  L(2 n) = L / 2."""
+    n = soar.loss_normalizer(case.draws.t.double(), case.config)
+    parts = [case.part(slice(0, cut)), case.part(slice(cut, None))]
+    total = sum(part.loss(normalizer=n) for part in parts if len(part.z0))
+    whole = case.loss()
+    assert_close(total, whole, **CLOSE)
+    assert_close(case.gradients(total), case.gradients(whole), **CLOSE)
+    assert_close(case.loss(normalizer=2 * n.item()), whole / 2, **CLOSE)
 
 
-@given(shapes, configs, seeds)
-def test_no_gradient_passes_through_the_rollout(shape, config, seed):
-    case = Case(shape, config, seed)
+# --- 6. No gradient through the rollout, one graph at a time
 
-    def recording(z, sigma, cond):
-        assert not z.requires_grad and not sigma.requires_grad
-        return case.model(z, sigma, cond)
-
-    grads = case.grads(sum(term.loss for term in case.terms(recording)))
-    assert grads[3] is None  # the parameter of the unconditional branch
+@given(cases)
+def test_gradient_is_none_through_the_rollout_and_the_targets(case):
+    """z_aux, v_corr constant:  d L_aux / d z0 = 0,  d L_aux / d v_uncond = 0."""
     case.z0.requires_grad_()
-    aux = list(case.terms())[1:]
-    assert torch.autograd.grad(sum(term.loss for term in aux), case.z0, allow_unused=True)[0] is None
+    _, *aux = case.terms()
+    loss = sum(term.loss for term in aux)
+    inputs = [case.z0, case.model.null]
+    assert torch.autograd.grad(loss, inputs, allow_unused=True) == (None, None)
 
 
-@given(shapes, configs, seeds)
-def test_backward_term_by_term_equals_backward_of_the_sum(shape, config, seed):
-    case = Case(shape, config, seed)
-    whole = case.grads(sum(term.loss for term in case.terms()))
-    for term in case.terms():
+@given(cases)
+def test_backward_of_each_term_adds_up_to_the_gradient_of_the_loss(case):
+    """soar_loss = sum_i L_i,  d soar_loss = sum_i d L_i."""
+    options = {"weighting": torch.exp, "normalizer": 7.0}
+    loss = soar.soar_loss(*case.arguments(), **options)
+    assert torch.equal(loss, case.loss(**options))
+    for term in case.terms(**options):
         term.loss.backward()
-    assert_all_close([p.grad for p in case.model.parameters()], whole)
+    gradients = tuple(p.grad for p in case.model.parameters())
+    assert_close(gradients, case.gradients(loss), **CLOSE)
 
 
-@given(shapes, configs, seeds, st.integers(0, 4))
-def test_split_batch_with_the_shared_normalizer_equals_the_whole(shape, config, seed, cut):
-    case = Case(shape, config, seed)
-    cut = min(cut, shape[0] - 1)
-    total = soar.loss_normalizer(case.draws.t.double(), config)
-    whole, parts = sum(term.loss for term in case.terms()), 0
-    for part in (case.part(slice(0, cut)), case.part(slice(cut, None))):
-        if len(part.z0):
-            parts = parts + sum(term.loss for term in part.terms(normalizer=total))
-    torch.testing.assert_close(parts, whole, **CLOSE)
-    assert_all_close(case.grads(parts), case.grads(whole))
-    halved = sum(term.loss for term in case.terms(normalizer=2 * float(total)))
-    torch.testing.assert_close(2 * halved, whole, **CLOSE)
+@given(cases, st.booleans())
+@example(Case((2, 3), SoarConfig(guidance_scale=1.0), 0), False)  # it keeps the base velocity
+def test_one_graph_is_alive_at_a_time_whether_a_term_was_used_or_dropped(case, used):
+    """When the model is called, nothing is left that an earlier call saved for its backward."""
+    alive = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()
+            alive.add(self)
+
+    def velocity(z, sigma, cond):
+        assert len(alive) == 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            return case.model(z, sigma, cond)
+
+    terms = case.terms(velocity)
+    while (term := next(terms, None)) is not None:
+        assert len(alive) > 0
+        if used:
+            term.loss.backward()
+        del term
 
 
-@given(shapes, configs, seeds)
-def test_permuting_the_batch_permutes_the_errors(shape, config, seed):
-    case = Case(shape, config, seed)
-    p = torch.randperm(shape[0], generator=rng(seed))
-    for a, b in zip(case.terms(), case.part(p).terms(), strict=True):
-        assert_all_close((a.error[p], a.sigma[p], a.loss), (b.error, b.sigma, b.loss))
-
-
-@given(shapes, configs, seeds, st.floats(0.01, 100))
-def test_equal_errors_give_that_loss_for_every_lambda_n_and_m(shape, config, seed, e):
-    case = Case(shape, config, seed)
-
-    def off_by_root_e(z, sigma, cond):  # every term's target is (z - z0) / sigma: the base term's equals z1 - z0
-        return (z - case.z0) / per_sample(sigma, z) + math.sqrt(e)
-
-    loss = sum(term.loss for term in case.terms(off_by_root_e))
-    torch.testing.assert_close(loss, torch.tensor(e, dtype=torch.float64), rtol=1e-8, atol=0)
-
-
-def test_normalizer_counts_stochastic_points_only_above_the_clean_boundary():
-    config = SoarConfig(lambda_aux=0.5, num_aux_points=3, num_rollout_paths=3, num_sampling_steps=4, t_min=0.25)
-    t = torch.tensor([0.25, 0.5, 0.5 + 2**-20, 1.0], dtype=torch.float64)  # 0.5 - 1/4 is the boundary itself
-    assert soar.loss_normalizer(t, config).item() == 4 + 0.5 * (4 * 3 + 2 * 3 * 2)
-    assert soar.loss_normalizer(t, SoarConfig()).item() == 4 + 24
-    assert soar.loss_normalizer(t, dataclasses.replace(config, lambda_aux=0.0)).item() == 4
-    assert soar.loss_normalizer(t.float(), config).dtype == torch.float32 and soar.loss_normalizer(t, config).ndim == 0
-    case = Case((4, 3), config, 0)
-    case.draws = case.draws._replace(t=t.float())
-    for i, term in enumerate(case.terms()):
-        assert (term.error == 0).tolist() == [i > 3, i > 3, False, False]
-
-
-# --- 8. Forwards ---
-
-
-@given(shapes, configs, seeds, st.booleans(), st.booleans())
-def test_forwards_are_one_plus_one_plus_mn_of_b_samples_in_the_right_grad_mode(shape, config, seed, unguided, enabled):
-    case = Case(shape, config, seed)
+@given(cases, any_of([(0, 1), (1, 0), (0, 2)]), st.booleans())
+def test_forwards_are_one_and_one_without_a_prompt_and_m_n(case, order, grad):
+    """1 with cond + 1 with uncond, if the rollout is guided + M N with cond, each of B samples."""
+    _, z0, draws, *prompts, config = case.arguments()
+    cond, uncond = ([*prompts, None][i] for i in order)
     calls = []
 
-    def counting(z, sigma, cond):
-        calls.append(("uncond" if cond is case.uncond else "cond", torch.is_grad_enabled()))
-        assert cond is case.uncond or cond is case.cond
-        assert z.shape == shape and sigma.shape == shape[:1]
-        return case.model(z, sigma, cond)
+    def velocity(z, sigma, prompt):
+        assert z.shape == case.shape and sigma.shape == case.shape[:1]
+        calls.append((prompt is cond, prompt is uncond, torch.is_grad_enabled()))
+        return case.model(z, sigma, prompt)
 
-    uncond = None if unguided else case.uncond
-    with torch.set_grad_enabled(enabled):
-        for term in soar_terms(counting, case.z0, case.draws, case.cond, uncond, config):
-            assert torch.is_grad_enabled() == enabled
-            assert term.loss.requires_grad == enabled and not term.error.requires_grad
-    guided = [("uncond", False)] * (not unguided and config.guidance_scale != 1)
-    aux = config.num_rollout_paths * config.num_aux_points
-    assert calls == [("cond", enabled), *guided, *[("cond", enabled)] * aux]
-
-
-def test_unguided_rollout_follows_the_conditional_velocity():
-    case = Case((2, 3), SoarConfig(guidance_scale=1.0), 0)
-    config = SoarConfig(guidance_scale=4.5)
-    alone = soar_terms(case.model, case.z0, case.draws, case.cond, None, config)
-    for a, b in zip(alone, case.terms(), strict=True):
-        assert torch.equal(a.error, b.error)
-    assert soar_terms.__defaults__ == (None, SoarConfig()) and soar_loss.__defaults__ == (None, SoarConfig())
+    with torch.set_grad_enabled(grad):
+        for term in soar_terms(velocity, z0, draws, cond, uncond, config):
+            assert torch.is_grad_enabled() == term.loss.requires_grad == grad
+            assert not term.error.requires_grad
+    guided = uncond is not None and config.guidance_scale != 1
+    with_cond, with_uncond = (True, False, grad), (False, True, False)
+    aux_terms = config.num_rollout_paths * config.num_aux_points
+    assert calls == [with_cond] + [with_uncond] * guided + [with_cond] * aux_terms
 
 
-@given(configs, seeds, st.booleans())
-@example(SoarConfig(guidance_scale=1.0), 0, False)  # the rollout keeps the base term's velocity itself
-def test_one_graph_is_alive_at_a_time_whether_backward_ran_or_the_term_was_dropped(config, seed, backward):
-    case = Case((2, 3), config, seed)
-    graphs = []
+# --- A second implementation: the paper's formulas, one sample and one point at a time
 
-    class Save(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, v):
-            kept = v.clone()
-            ctx.save_for_backward(kept)
-            graphs.append(weakref.ref(kept))
-            return v.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad
-
-    def saving(z, sigma, cond):
-        assert sum(graph() is not None for graph in graphs) == 0
-        return Save.apply(case.model(z, sigma, cond))
-
-    terms, losses = case.terms(saving), []
-    while (term := next(terms, None)) is not None:
-        if backward:
-            term.loss.backward()
-        losses.append(weakref.ref(term.loss))
-        del term
-        assert all(loss() is None for loss in losses[:-1])
+def reference_step(kind, z, v, n, sigma, sigma_next, config):
+    """From sigma to sigma_next by the formulas of section 2.2, for one sample."""
+    d, eta, shift = sigma_next - sigma, config.sde_noise_scale, config.shift
+    clean, noise = z - sigma * v, z + (1 - sigma) * v
+    if kind == "ode":
+        return z + d * v
+    if kind == "simple":
+        return z + d * v + eta * math.sqrt(-d) * n
+    if kind == "sde":
+        return (1 - sigma_next) * clean + sigma_next * n
+    if kind == "cps":
+        q = sigma_next * math.sin(eta * math.pi / 2)
+        kept = math.sqrt(max(sigma_next**2 - q**2, 0))
+        return (1 - sigma_next) * clean + kept * noise + q * n
+    top = shift * 0.999 / (1 + (shift - 1) * 0.999)
+    S = eta * math.sqrt(sigma / (1 - min(sigma, top)))
+    f = S**2 * d / (2 * sigma)
+    return z * (1 + f) + v * (d + f * (1 - sigma)) + S * math.sqrt(-d) * n
 
 
-# --- 9. Steps of the rollout ---
+def reference_points(case, b):
+    """Error, level and whether it counts, of each point of sample b, the base one first."""
+    c, z0, cond = case.config, case.z0[b], case.cond[b]
+    draws = (x if x is None else x.double() for x in case.draws)
+    z1, t, levels, noise, path_z1 = draws
+    z1, t = z1[b], t[b].item()
+
+    def predict(z, sigma, cond):
+        return case.model(z[None], full((1,), sigma), cond[None])[0]
+
+    def point(z, target, sigma, counts):
+        error = (predict(z, sigma, cond) - target).square().mean()
+        return torch.hstack([error, error.new_tensor([sigma, counts])])
+
+    t_next = t - 1 / c.num_sampling_steps
+    end = max(t_next, c.t_min)
+    sigma, sigma_next = (c.shift * x / (1 + (c.shift - 1) * x) for x in (t, end))
+    z = (1 - sigma) * z0 + sigma * z1
+    yield point(z, z1 - z0, sigma, True)
+    v_cond = predict(z, sigma, cond).detach()
+    v_uncond = predict(z, sigma, case.model.null).detach()
+    v = (1 - c.guidance_scale) * v_uncond + c.guidance_scale * v_cond
+    for m in range(c.num_rollout_paths):
+        kind = c.sde_type if m else "ode"
+        n = noise[m - 1, b] if m else None
+        z_hat = reference_step(kind, z, v, n, sigma, sigma_next, c)
+        toward = z1 if c.shared_noise else path_z1[m, b]
+        for u in levels[m, :, b].tolist():
+            s = (1 - u) * sigma_next + u * min(c.sigma_upper_ratio * sigma, 1)
+            alpha = (s - sigma_next) / (1 - sigma_next)
+            z_aux = (1 - alpha) * z_hat + alpha * toward
+            yield point(z_aux, (z_aux - z0) / s, s, m == 0 or t_next > c.t_min)
 
 
-@given(shapes, seeds, levels, levels, st.sampled_from(["simple", "flow_sde", "cps"]), st.sampled_from([1.0, 3.0, 5.0]))
-def test_stochastic_step_without_noise_is_the_ode_step(shape, seed, a, b, kind, shift):
-    z, v, noise = (randn(seed + i, *shape) for i in range(3))
-    sigma, sigma_next = (torch.full((shape[0],), x, dtype=torch.float64) for x in (max(a, b), min(a, b)))
-    step = rollout_step(z, v, sigma, sigma_next, kind=kind, noise_scale=0.0, noise=noise, shift=shift)
-    torch.testing.assert_close(step, rollout_step(z, v, sigma, sigma_next), **CLOSE)
-    torch.testing.assert_close(step, z + per_sample(sigma_next - sigma, z) * v, **CLOSE)
+@given(cases, st.booleans())
+@example(Case((2, 3), SoarConfig(1.0, 1, 2, shift=6.0, logit_mean=50.0), 0), False)  # t = 1
+def test_terms_equal_the_papers_formulas_for_any_settings(case, extreme):
+    def weighting(sigma):
+        return 0.5 + sigma**2
+
+    if extreme:  # t where something begins or ends, u = 0 or as near to 1 as it comes
+        t_min, step = case.config.t_min, 1 / case.config.num_sampling_steps
+        ends = torch.tensor([t_min, 1, min(t_min + step, 1), t_min * (1 + 1e-6)])
+        u = case.draws.u.round() * (1 - 2**-24)
+        case.draws = case.draws._replace(t=ends[: len(case.z0)], u=u)
+    samples = [torch.stack(list(reference_points(case, b))) for b in range(len(case.z0))]
+    error, sigma, counts = torch.stack(samples, dim=2).unbind(1)  # each (1 + M N, B)
+    weight = case.config.lambda_aux * counts
+    weight[0] = 1
+    loss = (weight * weighting(sigma) * error).sum(1) / weight.sum()
+    terms = list(case.terms(weighting=weighting))
+    expected = zip(loss, error.detach(), sigma.detach(), counts.bool())
+    assert_close([tuple(term) for term in terms], list(expected), **CLOSE)
+    ours = case.gradients(sum(term.loss for term in terms))
+    assert_close(ours, case.gradients(loss.sum()), rtol=1e-8, atol=1e-8)
 
 
-def coefficients(kind, sigma, sigma_next, eta, shift=3.0):
-    """a, b, c of z_to = a z0 + b z1 + c n for the per-sample exact velocity: from orthogonal z0, z1, n."""
-    z0, z1, n = torch.eye(3, dtype=torch.float64).unsqueeze(1)
-    s, s_next = (torch.tensor([x], dtype=torch.float64) for x in (sigma, sigma_next))
-    noise = {} if kind == "ode" else {"noise": n}
-    step = rollout_step(interpolate(z0, z1, s), z1 - z0, s, s_next, kind=kind, noise_scale=eta, shift=shift, **noise)
-    return step[0].tolist()
+# --- Stochastic steps
+
+@given(st.floats(0.01, 0.99), levels, levels)
+def test_stochastic_steps_keep_the_marginal_of_the_path_but_simple(a, fraction, eta):
+    """From a to b with v = z1 - z0:  z_hat = (1 - b) z0 + c1 z1 + c2 n.  It is distributed as the
+    path at b where c1^2 + c2^2 = b^2: sde, cps; flow_sde to the second order in d = b - a."""
+    b = a * fraction
+    d, r, angle = b - a, eta**2 / (1 - a), eta * math.pi / 2
+    z0, z1, n = torch.eye(3, dtype=torch.float64)[:, None]  # z_hat is then its coefficients
+    step = partial(rollout_step, (1 - a) * z0 + a * z1, z1 - z0, full((1,), a), full((1,), b))
+    for kind, c1, c2, excess in [
+        ("sde", 0.0, b, 0),
+        ("cps", b * math.cos(angle), b * math.sin(angle), 0),
+        ("flow_sde", b + r * d / 2, math.sqrt(-r * a * d), (r + r * r / 4) * d * d),
+        ("simple", b, eta * math.sqrt(-d), -d * eta**2),
+    ]:
+        z_hat = step(kind=kind, noise=n, noise_scale=eta)
+        assert_close(z_hat[0].tolist(), [1 - b, c1, c2], **CLOSE)
+        assert_close(z_hat[0, 1:].square().sum().item(), b**2 + excess, **CLOSE)
 
 
-@given(st.floats(0.01, 0.99), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_stochastic_steps_keep_the_marginal_of_the_path(sigma, fraction, eta):
-    """With x0 = z0 and x1 = z1 the marginal of the path is (1 - sigma) z0 + sigma N(0, I)."""
-    sigma_next = sigma * fraction
-    for kind in ("sde", "cps"):
-        a, b, c = coefficients(kind, sigma, sigma_next, eta)
-        assert math.isclose(a, 1 - sigma_next, rel_tol=1e-12)
-        assert math.isclose(b * b + c * c, sigma_next**2, rel_tol=1e-9, abs_tol=1e-15)
-    a, b, c = coefficients("sde", sigma, sigma_next, eta)
-    assert abs(b) < 1e-15 and math.isclose(c, sigma_next, rel_tol=1e-12)  # x1 is forgotten
-    a, b, c = coefficients("cps", sigma, sigma_next, eta)
-    assert math.isclose(c, sigma_next * math.sin(eta * math.pi / 2), rel_tol=1e-12, abs_tol=1e-15) and b > -1e-15
-    a, b, c = coefficients("flow_sde", sigma, sigma_next, eta)
-    r, d = eta**2 / (1 - sigma), sigma_next - sigma
-    assert math.isclose(a, 1 - sigma_next, rel_tol=1e-9)
-    assert math.isclose(c * c, -r * sigma * d, rel_tol=1e-9, abs_tol=1e-15)
-    second_order = (r + r * r / 4) * d * d
-    assert math.isclose(b * b + c * c, sigma_next**2 + second_order, rel_tol=1e-9, abs_tol=1e-12)
-    a, b, c = coefficients("simple", sigma, sigma_next, eta)
-    assert math.isclose(a, 1 - sigma_next, rel_tol=1e-12) and math.isclose(b, sigma_next, rel_tol=1e-9, abs_tol=1e-15)
-    assert math.isclose(c, eta * math.sqrt(-d), rel_tol=1e-12)
+# --- Precision
+
+STATE_FUNCTIONS = [
+    (interpolate, "z0 z1 sigma"),
+    (partial(soar.guided_velocity, guidance_scale=2.0), "v_uncond v_cond"),
+    (rollout_step, "z v sigma sigma_next"),
+    *[(partial(rollout_step, kind=x), "z v noise sigma sigma_next") for x in SDE_TYPES],
+    (soar.renoise, "z_hat z1 sigma_hat sigma"),
+    (soar.correction_target, "z z0 sigma"),
+]
+LEVELS = {"sigma": 0.75, "sigma_next": 0.5, "sigma_hat": 0.5}
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_flow_sde_step_from_pure_noise_divides_by_the_level_of_t_0_999(shift):
-    s = soar.sigma_from_t(0.999, shift)
-    for sigma in (1.0, (1 + s) / 2):
-        a, b, c = coefficients("flow_sde", sigma, 0.9, 0.5, shift)
-        S = 0.5 * math.sqrt(sigma / (1 - s))
-        assert math.isclose(c, S * math.sqrt(sigma - 0.9), rel_tol=1e-9)
-    below = coefficients("flow_sde", 0.99, 0.9, 0.5, shift)[2]
-    assert math.isclose(below, 0.5 * math.sqrt(0.99 / 0.01 * 0.09), rel_tol=1e-9)
+@pytest.mark.parametrize("function, names", STATE_FUNCTIONS)
+def test_state_functions_compute_in_float32_or_better_with_gradients(function, names):
+    """Off by some roundings of float32, 2^-24 each, for half-precision states and any levels."""
+    states = {x: randn(len(x), 2, 3) for x in names.split() if x not in LEVELS}
+    sigmas = {x: full((2,), LEVELS[x]) for x in names.split() if x in LEVELS}
+    half_sigmas = {x: sigma.bfloat16() for x, sigma in sigmas.items()}  # exact
+    for dtype in DTYPES:
+        rough = {x: state.to(dtype) for x, state in states.items()}
+        expected = function(**{x: state.double() for x, state in rough.items()}, **sigmas)
+        ours = function(**rough, **half_sigmas)
+        assert ours.dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(ours.double(), expected, rtol=2**-20, atol=2**-20)
+    inputs = {x: tensor.requires_grad_() for x, tensor in (states | sigmas).items()}
+    call = lambda *tensors: function(**dict(zip(inputs, tensors)))  # noqa: E731
+    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
 
 
-@given(shapes, seeds)
-def test_rollout_step_takes_half_the_noise_and_shift_three_by_default(shape, seed):
-    z, v, noise = (randn(seed + i, *shape) for i in range(3))
-    sigma, sigma_next = torch.ones(shape[0]), torch.full((shape[0],), 0.9)
-    for kind in SDE_TYPES:
-        default = rollout_step(z, v, sigma, sigma_next, kind=kind, noise=noise)
-        assert torch.equal(
-            default, rollout_step(z, v, sigma, sigma_next, kind=kind, noise_scale=0.5, noise=noise, shift=3.0)
-        )
-
-
-# --- 10. Precision ---
-
-
-@given(shapes, seeds, st.floats(0.003, 1.0), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_targets_from_half_precision_inputs_are_exact_to_1e5(shape, seed, sigma, dtype):
-    z0, z1 = randn(seed, *shape).to(dtype), randn(seed + 1, *shape).to(dtype)
-    s = torch.full((shape[0],), sigma, dtype=torch.float32)
-    z, exact = interpolate(z0, z1, s), interpolate(z0.double(), z1.double(), s.double())
-    target, wide = soar.correction_target(z, z0.float(), s), soar.correction_target(exact, z0.double(), s.double())
-    assert z.dtype == target.dtype == torch.float32 and wide.dtype == torch.float64
-    # eps of float32 is 1.2e-7 and z - z0 cancels: the error relative to the largest operand over sigma is what counts
-    scale = (z0.double().abs() + z1.double().abs()).max() / sigma
-    assert (target - wide).abs().max() <= 4 * torch.finfo(torch.float32).eps * scale
-    assert soar.correction_target(z1, z0, s).dtype == torch.float32
-    assert soar.guided_velocity(z0, z1, 4.5).dtype == rollout_step(z0, z1, s, s).dtype == torch.float32
-    assert soar.renoise(z0, z1, s / 2, s).dtype == torch.float32
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_target_from_bf16_latents_is_within_1e5_of_its_norm_from_sigma_0_003_up(seed):
-    z0, z1 = (randn(10 * seed + i, 64, 16, 8, 8).to(torch.bfloat16) for i in range(2))
-    sigma = torch.logspace(math.log10(0.003), 0, 64)
-    target = soar.correction_target(interpolate(z0, z1, sigma), z0.float(), sigma).double()
-    off = (target - (z1.double() - z0.double())).flatten(1).norm(dim=1) / (z1.double() - z0.double()).flatten(1).norm(
-        dim=1
-    )
-    # z is rounded at float32's eps and the target divides that by sigma: 1.03e-5 at 0.003 itself, less above
-    assert (off <= 1.05e-5).all() and (off[sigma >= 0.004] <= 1e-5).all()
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_training_step_on_bf16_latents_agrees_with_float64_to_1e5(shared):
-    """Where bf16 holds z0, z1 and the model's outputs exactly, only the rounding of states, targets, weights is left.
-
-    A float32 target is off by some 4 eps (|z0| + |z1| + |v|) / sigma' <= 6e-6, as sigma' >= sigma(0.25) = 0.5 and the
-    sum is about 6; an error of order 1, by twice that. A target rounded to bf16 is off by 2e-3.
-    """
-    config = SoarConfig(num_rollout_paths=2, num_sampling_steps=4, t_min=0.25, shared_noise=shared)
-    shape = (64, 16, 8, 8)
-    z0, z1, cond, uncond = (randn(i, *shape).to(torch.bfloat16) for i in range(4))
-    draws, sigma = draw(shape, config, rng(4)), torch.linspace(0.5, 1, 64)
-    velocity = lambda z, s, c: c.to(z.dtype)  # noqa: E731
-    results = []
-    for dtype in (torch.bfloat16, torch.float64):
-        x0, x1, s = z0.to(dtype), z1.to(dtype), sigma.to(torch.promote_types(dtype, torch.float32))
-        columns = zip(*soar_terms(velocity, x0, draws, cond, uncond, config, weighting=torch.exp))
-        results.append((*map(torch.stack, columns), sft_loss(velocity, x0, x1, s, cond, weighting=torch.exp)))
-    for a, b in zip(*results):
-        assert a.dtype == torch.float32 and b.dtype == torch.float64
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("output", [torch.bfloat16, torch.float64])
-def test_model_sees_latents_in_z0s_dtype_and_levels_in_float32_or_better(dtype, output):
-    wide = torch.promote_types(dtype, torch.float32)
-    z0, config = randn(1, 2, 3, 4).to(dtype), SoarConfig(num_rollout_paths=2)
+def test_terms_equal_float64_ones_to_1e5_whatever_the_models_dtype(dtype, output):
+    """Latents and outputs are multiples of 1/16, exact in any dtype. A float32 target is then off
+    by some 4 * 2^-23 (|z0| + |z1| + |v|) / sigma_aux < 6e-6, as sigma_aux >= sigma(0.25) = 0.5."""
+    shape, config = (64, 16, 8, 8), SoarConfig(1.0, 6, 2, num_sampling_steps=4, t_min=0.25)
+    z0, cond, uncond = ((16 * randn(i, *shape)).round() / 16 for i in range(3))
+    draws = draw(shape, config, rng(3))
 
-    def velocity(z, sigma, cond):
-        assert z.dtype == dtype and sigma.dtype == wide
-        return (z * scale).to(output)
+    def results(own):
+        wide = torch.promote_types(own, torch.float32)
 
-    scale = torch.ones((), dtype=dtype, requires_grad=True)
-    weighting = lambda s: s.double()  # noqa: E731
-    for term in soar_terms(velocity, z0, draw(z0.shape, config, rng(0)), "a", "b", config, weighting=weighting):
-        assert term.loss.dtype == term.error.dtype == term.sigma.dtype == wide
-    z1, sigma = randn(2, 2, 3, 4).to(dtype), torch.tensor([0.3, 0.7], dtype=torch.bfloat16)
-    assert sft_loss(velocity, z0, z1, sigma, None, weighting=weighting).dtype == wide
+        def velocity(z, sigma, prompt):
+            assert z.dtype == own and sigma.dtype == wide
+            return prompt.to(output)
 
+        weighting = {"weighting": lambda sigma: 0.5 + sigma.double()}
+        for term in soar_terms(velocity, z0.to(own), draws, cond, uncond, config, **weighting):
+            assert {x.dtype for x in term} == {wide, torch.bool}
+            yield from (x.double() for x in term)
 
-@pytest.mark.parametrize("outside", [False, True])
-def test_bf16_autocast_gives_every_parameter_the_float32_gradient(outside):
-    """Autocast caches the cast weights; a cast made under no_grad must not cut the later terms' gradients."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
-    z0, config = randn(1, 32, 16, dtype=torch.float32), SoarConfig(guidance_scale=2.0)
-    grads = []
-    for enabled in (False, True):
-        cast = lambda on: torch.autocast("cpu", torch.bfloat16, enabled=on)  # noqa: E731
-
-        def velocity(z, sigma, cond, enabled=enabled, cast=cast):
-            with cast(enabled):
-                return net(z + sigma[:, None] * cond)
-
-        net.zero_grad()
-        with cast(enabled and outside):
-            terms = soar_terms(velocity, z0, draw(z0.shape, config, rng(2)), 1.0, 0.5, config)
-            for term in terms:
-                term.loss.backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for exact, rough in zip(*grads):
-        assert (exact - rough).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    assert_close(list(results(dtype)), list(results(torch.float64)), rtol=1e-5, atol=0)
 
 
-# --- 11, 12. Draws ---
+def test_gradients_under_bf16_autocast_equal_float32_ones_to_its_rounding():
+    """Autocast keeps its casts: one made without a graph must not cut a later term's gradient."""
+    case = Case((32, 16), SoarConfig(), 0, torch.float32)
+    expected = case.gradients(case.loss())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = case.gradients(case.loss())
+    for rough, exact in zip(ours[:3], expected[:3]):
+        assert (rough - exact).norm() < 0.05 * exact.norm()
 
 
-@given(shapes, configs, seeds, st.sampled_from([torch.float32, torch.float64]))
-def test_loss_and_gradients_are_finite_at_both_ends_of_time(shape, config, seed, dtype):
-    case = Case(shape, config, seed, dtype)
-    ends = torch.tensor([config.t_min, 1.0, config.t_min + 1 / config.num_sampling_steps, config.t_min * (1 + 1e-6)])
-    case.draws = case.draws._replace(t=ends[torch.arange(shape[0]) % 4].clamp(max=1))
-    for u in (torch.zeros_like(case.draws.u), torch.full_like(case.draws.u, 1 - 2**-24)):
-        case.draws = case.draws._replace(u=u)
-        terms = list(case.terms())
-        loss = sum(term.loss for term in terms)
-        grads = [g for g in case.grads(loss) if g is not None]
-        assert len(grads) == 3
-        for x in (loss, *grads, *(t.error for t in terms), *(t.sigma for t in terms)):
-            assert x.isfinite().all()
-        assert all((0 < t.sigma).all() and (t.sigma <= 1).all() for t in terms)
-        t1 = (case.draws.t.double() - 1 / config.num_sampling_steps).clamp(min=config.t_min)
-        upper = (config.sigma_upper_ratio * case.sigma0()).clamp(max=1)
-        end = upper if u.any() else soar.sigma_from_t(t1, config.shift)
-        for term in terms[1:]:  # t rounds to 6e-8 in float32, and d sigma / d t is at most the shift, 6
-            torch.testing.assert_close(term.sigma.double(), end, rtol=0, atol=1e-6)
-
+# --- Draws
 
 @given(shapes, configs, seeds)
-def test_draws_are_a_function_of_the_generators_state_alone(shape, config, seed):
-    global_state, default = torch.get_rng_state(), torch.get_default_dtype()
+def test_draws_equal_their_recipe_whatever_the_defaults_of_torch(shape, config, seed):
+    """By the generator's state alone: z1, t, u, the paths' noise, the paths' z1, in this order."""
+    paths, points, batch = config.num_rollout_paths, config.num_aux_points, shape[0]
     generator = rng(seed)
-    first, second = draw(shape, config, generator), draw(shape, config, generator)
+    normal = partial(torch.randn, generator=generator)
+    z1, n = normal(shape), normal(batch)
+    t = torch.sigmoid(config.logit_mean + config.logit_std * n).clamp(min=config.t_min)
+    u = torch.rand(paths, points, batch, generator=generator)
+    noise = normal(paths - 1, *shape)
+    path_z1 = None if config.shared_noise else normal(paths, *shape)
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.device("meta"):  # a default device that is not the generator's
-            again = draw(shape, config, generator.manual_seed(seed))
+        with torch.device("meta"):
+            draws = draw(shape, config, generator.manual_seed(seed))
     finally:
-        torch.set_default_dtype(default)
-    assert torch.equal(torch.get_rng_state(), global_state)
-    M, N = config.num_rollout_paths, config.num_aux_points
-    wanted = [shape, shape[:1], (M, N, shape[0]), (M - 1, *shape), None if config.shared_noise else (M, *shape)]
-    for a, b, size in zip(first, again, wanted, strict=True):
-        assert (a is None) == (b is None) == (size is None)
-        assert a is None or (torch.equal(a, b) and a.shape == size and a.dtype == torch.float32)
-    assert not torch.equal(first.z1, second.z1) and not torch.equal(first.u, second.u)
-    assert (config.t_min <= first.t.double() + 1e-9).all() and (first.t <= 1).all()
-    assert (first.u >= 0).all() and (first.u < 1).all()
-    generator = rng(seed)  # the draws again, in their order
-    z1, n = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
-    t = torch.sigmoid(config.logit_mean + config.logit_std * n).clamp(min=config.t_min)
-    u = torch.rand(M, N, shape[0], generator=generator)
-    assert torch.equal(first.z1, z1) and torch.equal(first.t, t) and torch.equal(first.u, u)
-    for other in (SoarConfig(lambda_aux=0.0), SoarConfig(num_aux_points=0), SoarConfig(num_rollout_paths=4)):
-        other = dataclasses.replace(other, logit_mean=config.logit_mean, logit_std=config.logit_std, t_min=config.t_min)
-        other = draw(shape, other, rng(seed))
-        assert torch.equal(first.z1, other.z1) and torch.equal(first.t, other.t)
+        torch.set_default_dtype(torch.float32)
+    assert_close(tuple(draws), (z1, t, u, noise, path_z1), **EXACT)
 
 
-def test_draws_have_their_stated_distributions():
-    config = SoarConfig(num_rollout_paths=3, logit_mean=0.5, logit_std=0.7, shared_noise=False)
-    n = 40_000
-    draws = draw((n, 2), config, rng(0))
-    se = 5 / math.sqrt(n)  # five standard errors of a mean of unit variance
-    logit = torch.logit(draws.t.double())
-    assert abs(logit.mean() - 0.5) < 0.7 * se and abs(logit.std() - 0.7) < 0.7 * se
-    u = draws.u.double()
-    assert (u.mean(2) - 0.5).abs().max() < se and (u.var(2) - 1 / 12).abs().max() < se
-    normals = torch.cat(
-        [draws.z1.T, draws.path_noise.transpose(1, 2).flatten(0, 1), draws.path_z1.transpose(1, 2).flatten(0, 1)]
-    )
-    both = torch.cat([normals.double(), logit[None], u.flatten(0, 1)])
-    assert (normals.mean(1)).abs().max() < se and (normals.var(1) - 1).abs().max() < 2 * se
-    assert (torch.corrcoef(both) - torch.eye(len(both))).abs().max() < se  # every row independent of every other
-    assert draw((1000,), SoarConfig(logit_mean=-50.0), rng(0)).t.unique().tolist() == pytest.approx([1e-3])
-    assert draw((1000,), SoarConfig(logit_mean=50.0), rng(0)).t.unique().tolist() == [1.0]
+def test_terms_read_no_value_of_a_tensor_on_another_device():
+    """To read one is an error on the meta device, which has none; on a GPU it would stall."""
+    case = Case((2, 3), SoarConfig(num_rollout_paths=2), 0)
+    case.model, case.z0, case.cond = (x.to("meta") for x in (case.model, case.z0, case.cond))
+    case.draws = Draws(*(x if x is None else x.to("meta") for x in case.draws))
+    assert len(list(case.terms())) == 1 + 2 * 6
 
 
-# --- 13. Bad arguments ---
+# --- What is refused
+
+Z, S = randn(0, 2, 3), full((2,), 0.5)
+Z1, S1 = Z[:1], S[:1]
+PATHS = SoarConfig(num_rollout_paths=2)
+FRESH = SoarConfig(num_rollout_paths=2, shared_noise=False)
+DRAWS = draw((2, 3), PATHS, rng(0))
 
 
-def test_config_defaults_are_the_published_ones():
-    assert dataclasses.asdict(SoarConfig()) == {
-        "lambda_aux": 1.0, "num_aux_points": 6, "num_rollout_paths": 1, "num_sampling_steps": 40, "guidance_scale": 4.5,
-        "shift": 3.0, "t_min": 1e-3, "logit_mean": 0.0, "logit_std": 1.0, "sde_type": "flow_sde",
-        "sde_noise_scale": 0.5, "shared_noise": True, "sigma_upper_ratio": math.inf,
-    }  # fmt: skip
-    with pytest.raises(dataclasses.FrozenInstanceError):
+def unused(z, sigma, cond):
+    pytest.fail("the model was called")
+
+
+def first(velocity=unused, z0=Z, cond=Z, uncond=Z, config=PATHS, weighting=None, **changed):
+    """The first term, of draws some of which are changed."""
+    draws = changed.pop("draws", DRAWS)._replace(**changed)
+    return next(soar_terms(velocity, z0, draws, cond, uncond, config, weighting=weighting))
+
+
+REFUSED = [  # a call, and the words that its error holds: what came, what was expected
+    (lambda: SoarConfig(lambda_aux=-1e-9), "SoarConfig.lambda_aux; -1e-09; >= 0"),
+    (lambda: SoarConfig(lambda_aux=inf), "SoarConfig.lambda_aux; inf; finite"),
+    (lambda: SoarConfig(lambda_aux=nan), "SoarConfig.lambda_aux; nan; >= 0"),
+    (lambda: SoarConfig(lambda_aux="1"), "SoarConfig.lambda_aux; '1'; float"),
+    (lambda: SoarConfig(lambda_aux=True), "SoarConfig.lambda_aux; True; float"),
+    (lambda: SoarConfig(num_aux_points=-1), "SoarConfig.num_aux_points; -1; >= 0"),
+    (lambda: SoarConfig(num_aux_points=6.0), "SoarConfig.num_aux_points; 6.0; int"),
+    (lambda: SoarConfig(num_rollout_paths=0), "SoarConfig.num_rollout_paths; 0; >= 1"),
+    (lambda: SoarConfig(num_rollout_paths=True), "SoarConfig.num_rollout_paths; True; int"),
+    (lambda: SoarConfig(num_sampling_steps=0), "SoarConfig.num_sampling_steps; 0; >= 1"),
+    (lambda: SoarConfig(guidance_scale=-inf), "SoarConfig.guidance_scale; -inf; finite"),
+    (lambda: SoarConfig(guidance_scale=nan), "SoarConfig.guidance_scale; nan; finite"),
+    (lambda: SoarConfig(shift=0), "SoarConfig.shift; 0; > 0"),
+    (lambda: SoarConfig(shift=inf), "SoarConfig.shift; inf; finite"),
+    (lambda: SoarConfig(t_min=0.0), "SoarConfig.t_min; 0.0; > 0"),
+    (lambda: SoarConfig(t_min=1), "SoarConfig.t_min; 1; < 1"),
+    (lambda: SoarConfig(logit_mean=inf), "SoarConfig.logit_mean; inf; finite"),
+    (lambda: SoarConfig(logit_std=0), "SoarConfig.logit_std; 0; > 0"),
+    (lambda: SoarConfig(logit_std=inf), "SoarConfig.logit_std; inf; finite"),
+    (lambda: SoarConfig(sde_type="ode"), "SoarConfig.sde_type; 'ode'; flow_sde"),
+    (lambda: SoarConfig(sde_type=None), "SoarConfig.sde_type; None; str"),
+    (lambda: SoarConfig(sde_noise_scale=-1), "SoarConfig.sde_noise_scale; -1; >= 0"),
+    (lambda: SoarConfig(sde_noise_scale=inf), "SoarConfig.sde_noise_scale; inf; finite"),
+    (lambda: SoarConfig(sde_type="cps", sde_noise_scale=2), "sde_noise_scale; 2; <= 1; cps"),
+    (lambda: SoarConfig(shared_noise=1), "SoarConfig.shared_noise; 1; bool"),
+    (lambda: SoarConfig(sigma_upper_ratio=0.9), "SoarConfig.sigma_upper_ratio; 0.9; >= 1"),
+    (lambda: interpolate("1.0", Z, S), "z0; 1.0; Tensor"),
+    (lambda: interpolate(S, S, S), "z0; [2]; Tensor"),
+    (lambda: interpolate(Z[:0], Z[:0], S[:0]), "z0; [0, 3]; Tensor"),
+    (lambda: interpolate(Z[:, :0], Z[:, :0], S), "z0; [2, 0]; Tensor"),
+    (lambda: interpolate(Z.long(), Z.long(), S), "z0; int64"),
+    (lambda: interpolate(Z, Z[:, :2], S), "z1; (2, 2); (2, 3)"),
+    (lambda: interpolate(Z, Z.float(), S), "z1; float32; float64"),
+    (lambda: interpolate(Z, Z.to("meta"), S), "z1; meta; cpu"),
+    (lambda: interpolate(Z, [0.0], S), "z1; list; (2, 3)"),
+    (lambda: interpolate(Z, Z, S1), "sigma; (1,); (2,)"),
+    (lambda: interpolate(Z, Z, S[:, None]), "sigma; (2, 1); (2,)"),
+    (lambda: interpolate(Z, Z, S.long()), "sigma; int64; floating"),
+    (lambda: interpolate(Z, Z, S.to("meta")), "sigma; meta; cpu"),
+    (lambda: interpolate(Z, Z, 0.5), "sigma; float; (2,)"),
+    (lambda: soar.guided_velocity(Z, Z1, 2.0), "v_cond; (1, 3); (2, 3)"),
+    (lambda: rollout_step(Z, Z1, S, S), "v; (1, 3); (2, 3)"),
+    (lambda: rollout_step(Z, Z, S1, S), "sigma; (1,); (2,)"),
+    (lambda: rollout_step(Z, Z, S, S1), "sigma_next; (1,); (2,)"),
+    (lambda: rollout_step(Z, Z, S, S, kind="sde", noise=Z1), "noise; (1, 3); (2, 3)"),
+    (lambda: rollout_step(Z, Z, S, S, kind="sde"), "'sde'; NoneType; Tensor"),
+    (lambda: rollout_step(Z, Z, S, S, noise=Z), "'ode'; Tensor; None"),
+    (lambda: rollout_step(Z, Z, S, S, kind="euler", noise=Z), "'euler'; flow_sde"),
+    (lambda: soar.renoise(Z, Z1, S, S), "z1; (1, 3); (2, 3)"),
+    (lambda: soar.renoise(Z, Z, S1, S), "sigma_hat; (1,); (2,)"),
+    (lambda: soar.renoise(Z, Z, S, S1), "sigma; (1,); (2,)"),
+    (lambda: soar.correction_target(Z, Z1, S), "z0; (1, 3); (2, 3)"),
+    (lambda: soar.correction_target(Z, Z, S1), "sigma; (1,); (2,)"),
+    (lambda: soar.sft_loss(unused, Z, Z1, S, None), "z1; (1, 3); (2, 3)"),
+    (lambda: soar.sft_loss(unused, Z, Z, S1, None), "sigma; (1,); (2,)"),
+    (lambda: first(z0=S), "z0; [2]; Tensor"),
+    (lambda: first(z0=Z1), "draws.z1; (2, 3); (1, 3)"),
+    (lambda: first(z0=Z.to("meta")), "draws.z1; cpu; meta"),
+    (lambda: first(z1=DRAWS.z1.long()), "draws.z1; int64; floating"),
+    (lambda: first(t=DRAWS.t[:1]), "draws.t; (1,); (2,)"),
+    (lambda: first(t=None), "draws.t; None; (2,)"),
+    (lambda: first(t=torch.tensor([0.0009, 1])), "draws.t; 0.0009 to 1; 0.001"),
+    (lambda: first(t=torch.tensor([0.5, 1.01])), "draws.t; 0.5 to 1.01; to 1"),
+    (lambda: first(t=torch.tensor([0.5, nan])), "draws.t; nan; 0.001"),
+    (lambda: first(u=DRAWS.u[:1]), "draws.u; (1, 6, 2); (2, 6, 2)"),
+    (lambda: first(config=SoarConfig()), "draws.u; (2, 6, 2); (1, 6, 2)"),
+    (lambda: first(path_noise=DRAWS.z1), "draws.path_noise; (2, 3); (1, 2, 3)"),
+    (lambda: first(draws=draw((2, 3), FRESH, rng(0))), "draws.path_z1; Tensor; None"),
+    (lambda: first(config=FRESH), "draws.path_z1; None; (2, 2, 3)"),
+    (lambda: first(uncond=PATHS), "uncond; SoarConfig; Tensor"),
+    (lambda: first(uncond=["a cat"]), "uncond; list; Tensor"),
+    (lambda: first(weighting=lambda sigma: sigma[:1]), "weighting; (1,); (2,)"),
+    (lambda: first(weighting=lambda sigma: 1.0), "weighting; float; (2,)"),
+    (lambda: first(lambda z, sigma, cond: z[:, :1]), "velocity; (2, 1); (2, 3)"),
+    (lambda: first(lambda z, sigma, cond: (z,)), "velocity; tuple; (2, 3)"),
+    (lambda: first(lambda z, sigma, cond: z.long()), "velocity; int64; floating"),
+    (lambda: first(lambda z, sigma, cond: z.to("meta")), "velocity; meta; cpu"),
+]
+
+
+@pytest.mark.parametrize("call, words", REFUSED, ids=[words for _, words in REFUSED])
+def test_error_names_what_came_and_what_was_expected_when_an_argument_does_not_fit(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words.split("; "):
+        assert word in str(error.value)
+
+
+def test_defaults_are_the_published_ones_and_bounds_are_taken():
+    published = (1.0, 6, 1, 40, 4.5, 3.0, 1e-3, 0.0, 1.0, "flow_sde", 0.5, True, inf)
+    lowest = (0, 0, 1, 1, -9, 1e-9, 1e-9, -9, 1e-9, "cps", 0, False, 1)
+    highest = (9, 9, 9, 9, 9, 9, 0.999, 9, 9, "cps", 1, True, inf)
+    for taken in (published, lowest, highest):
+        assert tuple(asdict(SoarConfig(*taken)).values()) == taken
+    assert SoarConfig() == SoarConfig(*published)
+    assert SoarConfig(sde_noise_scale=7.0).sde_noise_scale == 7.0
+    with pytest.raises(FrozenInstanceError):
         SoarConfig().shift = 1.0
-    assert set(BOUNDS) == {field.name for field in dataclasses.fields(SoarConfig)}
-
-
-BOUNDS = {  # field: (what is expected, values that must pass, values that must not)
-    "lambda_aux": ("float in [0, inf)", [0, 0.1, 5.0], [-1e-9, math.inf, math.nan, "1", None, True]),
-    "num_aux_points": ("int in [0, inf)", [0, 1, 100], [-1, 1.0, 6.0, True, "6", None]),
-    "num_rollout_paths": ("int in [1, inf)", [1, 5], [0, -1, 1.0, True, None]),
-    "num_sampling_steps": ("int in [1, inf)", [1, 10**9], [0, -40, 40.0, True, None]),
-    "guidance_scale": ("float in (-inf, inf)", [0, 1.0, -3.5], [math.inf, -math.inf, math.nan, "4.5", False, None]),
-    "shift": ("float in (0, inf)", [1e-3, 1, 3.0], [0, -1.0, math.inf, math.nan, "3", True]),
-    "t_min": ("float in (0, 1)", [1e-9, 0.5, 0.999], [0, 0.0, 1, 1.0, -0.1, math.nan, "0", True]),
-    "logit_mean": ("float in (-inf, inf)", [-3, 0, 3.5], [math.inf, -math.inf, math.nan, None, True]),
-    "logit_std": ("float in (0, inf)", [1e-3, 1, 5.0], [0, -1.0, math.inf, math.nan, None, True]),
-    "sde_type": ("str in ('simple', 'sde', 'flow_sde', 'cps')", list(SDE_TYPES), ["ode", "", "SDE", None, 1]),
-    "sde_noise_scale": ("float in [0, inf)", [0, 0.5, 1, 7.0], [-1e-9, math.inf, math.nan, None, True]),
-    "shared_noise": ("bool in (True, False)", [True, False], [0, 1, None, "yes"]),
-    "sigma_upper_ratio": ("float in [1, inf]", [1, 1.0, 1.5, math.inf], [0.999, 0, -math.inf, math.nan, None, True]),
-}
-
-
-@pytest.mark.parametrize("field", BOUNDS)
-def test_config_names_the_field_the_value_and_the_range_when_out_of_range(field):
-    expected, good, bad = BOUNDS[field]
-    for value in good:
-        assert getattr(SoarConfig(**{field: value}), field) == value
-    for value in bad:
-        with pytest.raises(ValueError) as error:
-            SoarConfig(**{field: value})
-        assert str(error.value) == f"SoarConfig.{field} is {value!r}, expected {expected}"
-
-
-def test_cps_noise_scale_is_at_most_one():
-    assert SoarConfig(sde_type="cps", sde_noise_scale=1).sde_noise_scale == 1
-    with pytest.raises(ValueError, match=r"^SoarConfig\.sde_noise_scale is 1.01, expected float in \[0, 1\]$"):
-        SoarConfig(sde_type="cps", sde_noise_scale=1.01)
-
-
-X, S = randn(0, 2, 3, dtype=torch.float32), torch.tensor([0.3, 0.7])
-STATE_FUNCTIONS = {
-    "interpolate": (soar.interpolate, {"z0": X, "z1": X}, {"sigma": S}),
-    "guided_velocity": (lambda **k: soar.guided_velocity(guidance_scale=2.0, **k), {"v_uncond": X, "v_cond": X}, {}),
-    "rollout_step": (soar.rollout_step, {"z": X, "v": X}, {"sigma": S, "sigma_next": S}),
-    "rollout_step_sde": (
-        lambda **k: rollout_step(kind="sde", **k), {"z": X, "v": X, "noise": X}, {"sigma": S, "sigma_next": S}
-    ),
-    "renoise": (soar.renoise, {"z_hat": X, "z1": X}, {"sigma_hat": S, "sigma": S}),
-    "correction_target": (soar.correction_target, {"z": X, "z0": X}, {"sigma": S}),
-    "sft_loss": (
-        lambda **k: sft_loss(lambda z, s, c: pytest.fail("called"), cond=None, **k), {"z0": X, "z1": X}, {"sigma": S}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", STATE_FUNCTIONS)
-def test_state_functions_name_what_came_and_what_was_expected(name):
-    function, states, levels = STATE_FUNCTIONS[name]
-    if name != "sft_loss":  # a level's dtype is its rounding, never that of the arithmetic
-        assert function(**states, **levels).shape == X.shape
-        half = {key: x.bfloat16() for key, x in levels.items()}
-        for dtype in (torch.float32, torch.float64):
-            same = function(**states, **{key: x.to(dtype) for key, x in half.items()})
-            assert same.dtype == torch.float32 and torch.equal(same, function(**states, **half))
-        assert function(**{key: x.clone().requires_grad_() for key, x in states.items()}, **levels).requires_grad
-    first, *others = states
-    for other in others:
-        for bad, message in (
-            (torch.zeros(2, 4), rf"{other} is \(2, 4\) torch.float32 on cpu, expected \(2, 3\) torch.float32 on cpu"),
-            (X.double(), rf"{other} is \(2, 3\) torch.float64 on cpu, expected \(2, 3\) torch.float32 on cpu"),
-            (X.to("meta"), rf"{other} is \(2, 3\) torch.float32 on meta, expected \(2, 3\) torch.float32 on cpu"),
-            ([0.0], rf"{other} is a list, expected \(2, 3\) torch.float32 on cpu"),
-        ):
-            with pytest.raises(ValueError, match=f"^{message}$"):
-                function(**(states | {other: bad}), **levels)
-    for level in levels:
-        for bad, message in (
-            (torch.zeros(3), rf"{level} is \(3,\) torch.float32 on cpu, expected \(2,\) floating on cpu"),
-            (torch.zeros(2, 1), rf"{level} is \(2, 1\) torch.float32 on cpu, expected \(2,\) floating on cpu"),
-            (torch.zeros(2).long(), rf"{level} is \(2,\) torch.int64 on cpu, expected \(2,\) floating on cpu"),
-            (S.to("meta"), rf"{level} is \(2,\) torch.float32 on meta, expected \(2,\) floating on cpu"),
-            (0.5, rf"{level} is a float, expected \(2,\) floating on cpu"),
-        ):
-            with pytest.raises(ValueError, match=f"^{message}$"):
-                function(**states, **(levels | {level: bad}))
-    for bad, came in (
-        (torch.zeros(3), "torch.Size([3])"),
-        (torch.zeros(0, 3), "torch.Size([0, 3])"),
-        (torch.zeros(2, 0), "torch.Size([2, 0])"),
-        ("1.0", "'1.0'"),
-    ):
-        with pytest.raises(ValueError) as error:
-            function(**{key: bad for key in states}, **levels)
-        assert str(error.value) == f"{first} is {came}, expected a Tensor (B, ...), no dimension 0"
-    with pytest.raises(ValueError, match=rf"^{first} is \(2, 3\) torch.int64 on cpu"):
-        function(**{key: X.long() for key in states}, **levels)
-
-
-def test_rollout_step_refuses_an_unknown_kind_and_noise_that_does_not_fit_it():
-    for kind, noise in (("euler", None), ("euler", X), ("ode", X), *((kind, None) for kind in SDE_TYPES)):
-        with pytest.raises(ValueError) as error:
-            rollout_step(X, X, S, S, kind=kind, noise=noise)
-        came = f"kind is '{kind}' and noise a {type(noise).__name__}"
-        assert str(error.value) == f"{came}, expected 'ode' and None or {SDE_TYPES}"
-
-
-def test_soar_terms_refuses_bad_arguments_before_the_model_is_called():
-    def velocity(z, sigma, cond):
-        pytest.fail("the model was called")
-
-    config = SoarConfig(num_rollout_paths=2)
-    z0, draws = torch.zeros(2, 3, 4), draw((2, 3, 4), config, rng(0))
-    fresh = draw((2, 3, 4), dataclasses.replace(config, shared_noise=False), rng(0))
-    for bad, message in (
-        ({"z0": torch.zeros(2)}, r"z0 is torch.Size\(\[2\]\), expected a Tensor"),
-        ({"z0": z0.long()}, r"z0 is \(2, 3, 4\) torch.int64"),
-        ({"z0": torch.zeros(3, 3, 4)}, r"draws.z1 is \(2, 3, 4\) torch.float32 on cpu, expected \(3, 3, 4\)"),
-        ({"z0": z0.to("meta")}, r"draws.z1 is .* on cpu, expected \(2, 3, 4\) floating on meta"),
-        ({"draws": draws._replace(t=draws.t[:1])}, r"draws.t is \(1,\) torch.float32 on cpu, expected \(2,\)"),
-        ({"draws": draws._replace(t=None)}, r"draws.t is a NoneType, expected \(2,\)"),
-        ({"draws": draws._replace(u=draws.u[:1])}, r"draws.u is \(1, 6, 2\) .* expected \(2, 6, 2\)"),
-        ({"draws": draws._replace(path_noise=draws.z1)}, r"draws.path_noise is \(2, 3, 4\) .* expected \(1, 2, 3, 4\)"),
-        ({"draws": draws._replace(z1=draws.z1.long())}, r"draws.z1 is \(2, 3, 4\) torch.int64"),
-        ({"draws": fresh}, r"draws.path_z1 is \(2, 2, 3, 4\) .* expected None"),
-        (
-            {"config": dataclasses.replace(config, shared_noise=False)},
-            r"draws.path_z1 is a NoneType, expected \(2, 2, 3",
-        ),
-        ({"config": SoarConfig()}, r"draws.u is \(2, 6, 2\) torch.float32 on cpu, expected \(1, 6, 2\)"),
-        ({"uncond": config}, "uncond is a SoarConfig, expected a Tensor like cond, or None$"),
-        ({"uncond": ["a cat"]}, "uncond is a list, expected a Tensor like cond, or None$"),
-        ({"weighting": lambda s: s[:1]}, r"weighting\(sigma\) is \(1,\) torch.float32 on cpu, expected \(2,\)"),
-        ({"weighting": lambda s: 1.0}, r"weighting\(sigma\) is a float, expected \(2,\)"),
-    ):
-        arguments = {"z0": z0, "draws": draws, "cond": z0, "uncond": z0, "config": config} | bad
-        with pytest.raises(ValueError, match=f"^{message}"):
-            terms = soar_terms(velocity, **arguments)
-            assert "weighting" in bad, "all but the weighting is checked before the first term is asked for"
-            next(terms)
-
-
-@pytest.mark.parametrize(
-    "cond, uncond", [(X, torch.nn.Parameter(X)), (torch.nn.Parameter(X), X), ("a", ""), ("a", None)]
-)
-def test_conditioning_of_any_one_type_is_passed_on_untouched(cond, uncond):
-    seen = []
-    velocity = lambda z, s, c: seen.append(c) or z  # noqa: E731
-    config = SoarConfig(num_aux_points=1)
-    list(soar_terms(velocity, X, draw(X.shape, config, rng(0)), cond, uncond, config))
-    expected = [cond, uncond, cond] if uncond is not None else [cond, cond]
-    assert len(seen) == len(expected) and all(a is b for a, b in zip(seen, expected))
-
-
-@pytest.mark.parametrize(
-    "output, came",
-    [
-        (lambda z: z[:, :1], r"\(2, 1\) torch.float32 on cpu"),
-        (lambda z: (z,), "a tuple"),
-        (lambda z: z.long(), r"\(2, 3\) torch.int64 on cpu"),
-        (lambda z: z.to("meta"), r"\(2, 3\) torch.float32 on meta"),
-    ],
-)
-def test_velocity_of_another_shape_or_type_is_refused(output, came):
-    draws = draw(X.shape, SoarConfig(), rng(0))
-    with pytest.raises(ValueError, match=rf"^velocity\(z, sigma, cond\) is {came}, expected \(2, 3\) floating on cpu$"):
-        next(soar_terms(lambda z, s, c: output(z), X, draws, None))
-
-
-def test_terms_equal_the_papers_formulas_at_the_ends_of_u():
-    for u in (0.0, 1 - 2**-24):
-        case = Case((3, 2), SoarConfig(), 5)
-        case.draws.u.fill_(u)
-        for term, ref in zip(case.terms(), reference_terms(case), strict=True):
-            assert_all_close(term, ref)
-
-
-@pytest.mark.parametrize("name", [name for name in STATE_FUNCTIONS if name != "sft_loss"])
-def test_state_functions_pass_gradients_to_every_state(name):
-    function, states, levels = STATE_FUNCTIONS[name]
-    states = {key: randn(i, 2, 3).requires_grad_() for i, key in enumerate(states)}
-    levels = {key: torch.full((2,), 0.6 - 0.1 * i, dtype=torch.float64) for i, key in enumerate(levels)}
-    if name == "renoise":
-        levels = {"sigma_hat": levels["sigma"], "sigma": levels["sigma_hat"]}
-    assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(states, x)), **levels), tuple(states.values()))
-
-
-def test_options_are_given_by_keyword():
-    for call in (
-        lambda: rollout_step(X, X, S, S, "ode"),
-        lambda: sft_loss(lambda z, s, c: z, X, X, S, None, torch.exp),
-        lambda: soar_terms(lambda z, s, c: z, X, None, None, None, SoarConfig(), torch.exp),
-        lambda: soar_loss(lambda z, s, c: z, X, None, None, SoarConfig(), rng(0)),
-    ):
-        with pytest.raises(TypeError, match="positional argument"):
-            call()
-
-
-# --- 14. Two ranks ---
-
-
-def _rank(rank, shape, config, seed, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    case = Case(shape, config, seed)
-    part = case.part(slice(rank * shape[0] // 2, (rank + 1) * shape[0] // 2))
-    case.model.null.requires_grad_(False)
-    ddp = torch.nn.parallel.DistributedDataParallel(case.model)
-    total = soar.loss_normalizer(case.draws.t.double(), config) / 2  # DDP averages over the two ranks
-    terms = part.terms(ddp, normalizer=total)
-    last = config.num_rollout_paths * config.num_aux_points
-    for _ in range(last):
-        with ddp.no_sync():
-            next(terms).loss.backward()
-    local = [p.grad.clone() for p in case.model.parameters() if p.grad is not None]
-    next(terms).loss.backward()
-    grads = [p.grad for p in case.model.parameters() if p.grad is not None]
-    assert not any(torch.equal(a, b) for a, b in zip(local, grads))
-    from safetensors.torch import save_file
-
-    save_file({str(i): g for i, g in enumerate(grads)}, f"{folder}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_under_one_no_sync_schedule_get_the_single_process_gradients(tmp_path):
-    from safetensors.torch import load_file
-
-    shape, seed = (4, 3, 2), 7
-    config = SoarConfig(num_rollout_paths=2, num_aux_points=2, num_sampling_steps=2)
-    torch.multiprocessing.spawn(_rank, (shape, config, seed, str(tmp_path)), nprocs=2)
-    case = Case(shape, config, seed)
-    expected = [g for g in case.grads(sum(term.loss for term in case.terms())) if g is not None]
-    for rank in range(2):
-        got = load_file(tmp_path / f"{rank}.safetensors")
-        assert_all_close([got[str(i)] for i in range(len(got))], expected)
+    assert soar.sigma_from_t.__defaults__ == soar.t_from_sigma.__defaults__ == (3.0,)
+    step = {"kind": "ode", "noise_scale": 0.5, "noise": None, "shift": 3.0}
+    assert rollout_step.__kwdefaults__ == step
+    assert soar.sft_loss.__kwdefaults__ == {"weighting": None}
+    for function in (soar_terms, soar.soar_loss):
+        assert function.__defaults__ == (None, SoarConfig())
+        assert function.__kwdefaults__ == {"weighting": None, "normalizer": None}
