@@ -333,12 +333,12 @@ def read_folder(folder: Path, args: Args) -> Rows:
     images = [path for path in files if path.suffix.lower() in IMAGE_FILES]
     tables = [path for path in files if path.suffix in TABLE_FILES and path not in lists]
     if lists:
-        table = read_metadata(lists, args)
-        listed = set(table.column(args.rest.image_column).to_pylist())
+        table = read_metadata(folder, lists)
+        listed = set(table.column("image").to_pylist())
         rest = [path for path in images if str(path) not in listed]
         what = "images without a row in a metadata file"
     elif images:
-        table = read_sidecars(folder, images, args)
+        table = read_sidecars(folder, images)
         rest, what = tables, "tables beside the images"
     elif tables:
         kinds = sorted({path.suffix for path in tables})
@@ -395,27 +395,28 @@ def choose_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path
     return [path for path in files if path not in other], notes
 
 
-def read_metadata(lists: list[Path], args: Args) -> pyarrow.Table:
-    """The rows of metadata files, each beside or above its images, sorted by image path."""
-    image_column, tables = args.rest.image_column, []
-    own = ("file_name", image_column)
+def read_metadata(folder: Path, lists: list[Path]) -> pyarrow.Table:
+    """The rows of metadata files, each beside or above its images, sorted by image path; the column
+    file_name, as datasets' imagefolder names it, becomes image."""
+    tables = []
     for path in lists:
         table = read_list(path)
         if "file_name" not in table.column_names:
             raise ValueError(f"{path} has no column file_name, but {table.column_names}")
         names = table.column("file_name").to_pylist()
         paths = [str(path.parent / name) if isinstance(name, str) else None for name in names]
-        table = table.drop_columns([x for x in table.column_names if x in own])
-        tables.append(table.append_column(image_column, pyarrow.array(paths, pyarrow.string())))
+        own = [x for x in table.column_names if x in ("file_name", "image")]
+        images = pyarrow.array(paths, pyarrow.string())
+        tables.append(table.drop_columns(own).append_column("image", images))
     try:
         table = pyarrow.concat_tables(tables, promote_options="permissive")
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"the metadata files of {args.dataset} do not agree: {error}") from None
-    return table.sort_by(image_column)
+        raise ValueError(f"the metadata files of {folder} do not agree: {error}") from None
+    return table.sort_by("image")
 
 
-def read_sidecars(folder: Path, images: list[Path], args: Args) -> pyarrow.Table:
-    """Images with the text of NAME.txt beside NAME.png, or none where that file is missing."""
+def read_sidecars(folder: Path, images: list[Path]) -> pyarrow.Table:
+    """Columns image and text, the text of NAME.txt beside NAME.png, or none if it is missing."""
     captions = []
     for path in images:
         file = path.with_suffix(".txt")
@@ -427,8 +428,7 @@ def read_sidecars(folder: Path, images: list[Path], args: Args) -> pyarrow.Table
     if not any(captions):
         expected = f"{' or '.join(METADATA)}, or NAME.txt beside each image"
         raise ValueError(f"--dataset {folder} holds images but no captions: expected {expected}")
-    paths = [str(path) for path in images]
-    return pyarrow.table({args.rest.image_column: paths, args.rest.caption_column: captions})
+    return pyarrow.table({"image": [str(path) for path in images], "text": captions})
 
 
 # --- Data: check ----------------------------------------------------------------------------------
