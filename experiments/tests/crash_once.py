@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import tyro
 from torch.distributed.elastic.multiprocessing.errors import record
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -25,4 +24,4 @@ def encode_images(*args):
 
 
 train.encode_images = encode_images
-record(train.main)(tyro.cli(train.Args, args=sys.argv[4:], use_underscores=True))
+record(train.main)(train.parse(sys.argv[4:]))
