@@ -247,7 +247,8 @@ def test_weights_that_are_missing_or_left_over_are_refused_by_name(tmp_path, par
         tensors[key] = torch.ones(2)
     save_file(tensors, file, metadata={"format": "pt"})
     path = tmp_path / "model"
-    refused(tmp_path / "run", f"{path}/{part}", key, pretrained_model_name_or_path=path)
+    named = "embed_tokens" if key == "shared.weight" else key  # two names of one tensor
+    refused(tmp_path / "run", f"{path}/{part}", named, pretrained_model_name_or_path=path)
     assert not (tmp_path / "run").exists()
 
 
@@ -301,7 +302,9 @@ def test_run_with_other_settings_is_refused_by_their_names(runs, tmp_path):
     other = {"pretrained_model_name_or_path": tmp_path / "model"}
     run(tmp_path / "run", **same | other)  # an equal copy elsewhere
     save_file(tensors, file, metadata={"format": "pt"})
+    sample.identity.cache_clear()
     refused(tmp_path / "run", "pipeline was ", **same | other)
+    sample.identity.cache_clear()
 
 
 def test_output_dir_in_other_use_is_refused(tmp_path):
@@ -609,11 +612,12 @@ def test_host_waits_for_the_device_only_where_it_must(tmp_path, monkeypatch):
         "if t.device.type",  # soar.py, on a CPU only
         "pipe.encode_prompt(",  # compares tokens, on the CPU
         "drop < self.args",  # DataLoader's, on the CPU
+        "self.processor.preprocess(",
     )
     other = [line for line in waits.lines if not any(x in line for x in known)]
     assert other == []
     for line in known[:3]:
-        assert waits.lines.count(line.strip()) == 2, line
+        assert sum(line in x for x in waits.lines) == 2, line
 
 
 class Graph(torch.autograd.Function):
@@ -1060,5 +1064,6 @@ def test_end_of_a_run_names_the_checkpoint_and_the_command_that_shows_it(tmp_pat
 def test_help_starts_with_what_is_set_first_and_without_warnings():
     done = launch(1, "train.py", "--help")
     assert done.returncode == 0 and done.stderr == ""
-    places = [done.stdout.index(x) for x in ("--dataset ", "--learning_rate", "--lambda_aux", "--dry_run")]
+    flags = ("--dataset", "--learning_rate", "--lambda_aux", "--dry_run")
+    places = [done.stdout.index(f"\u2502 {flag}") for flag in flags]
     assert places == sorted(places)
