@@ -176,6 +176,7 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
         "sft": sft, "sft_steps": sft | {"steps": 22 / 3}, "sft_batch": sft | {"batch": 22 / 3}, "sft_weighted": sft,
         "soar": {}, "soar_weighted": {}, "soar_w1": {"guidance_scale": 1}, "soar_sde": {"num_rollout_paths": 2},
         "soar_fresh": {"num_rollout_paths": 2, "shared_noise": False}, "soar_n1": {"num_aux_points": 1},
+        "soar_n1_l6": {"num_aux_points": 1, "lambda_aux": 6},
         "soar_n3": {"num_aux_points": 3}, "soar_l0.1": {"lambda_aux": 0.1}, "soar_l0.3": {"lambda_aux": 0.3},
         "soar_steps": {"steps": 22 / 3}, "soar_k1e6": {"num_sampling_steps": 10**6},
         "soar_l2": {"lambda_aux": 2}, "soar_u1": {"sigma_upper_ratio": 1}, "soar_u1.5": {"sigma_upper_ratio": 1.5},
