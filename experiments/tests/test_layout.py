@@ -102,7 +102,7 @@ def test_requirements_are_what_the_files_at_the_top_import_and_no_more():
 
 
 def test_measures_equal_counts_by_hand():
-    source = '"""Not\ncounted."""\n\ndef f(x):\n    """Nor this."""\n    # nor this\n    return (\n        x + 1\n    )\n'
+    source = '"""Not\ncounted."""\n\ndef f(x):\n    """Nor this."""\n    # nor it\n    return (\n        x + 1\n    )\n'
     # The function, its return, x + 1, x and 1, over the lines of def, return, x + 1 and the bracket.
     assert nodes_per_line(source) == 5 / 4
     assert function_lengths(source) == {"f": 5}  # the comment is one
