@@ -47,9 +47,11 @@ def geometry(path: Path) -> None:
         ax.plot(*zip(at(z_aux), at(z0)), color="#1b6ca8", lw=0.5, alpha=0.5, zorder=0)
         ax.plot(*at(z_aux), "o", color="#1b6ca8", ms=6, label=i and "_" or "re-noised points and their targets")
     for point, name, shift, color in (
-        (z0, "$z_0$, clean", (-0.1, -0.28), "black"), (z1, "$z_1$, noise", (-0.05, -0.28), "black"),
-        (z, "$z$ at $\\sigma$", (0.0, -0.26), "#777777"), (z_hat, "$\\hat z$ at $\\sigma_\\mathrm{next}$", (-0.75, 0.0), "#d95f02"),
-    ):  # fmt: skip
+        (z0, "$z_0$, clean", (-0.1, -0.28), "black"),
+        (z1, "$z_1$, noise", (-0.05, -0.28), "black"),
+        (z, "$z$ at $\\sigma$", (0.0, -0.26), "#777777"),
+        (z_hat, "$\\hat z$ at $\\sigma_\\mathrm{next}$", (-0.75, 0.0), "#d95f02"),
+    ):
         ax.plot(*at(point), "o", color=color, ms=8)
         ax.text(point[0, 0] + shift[0], point[0, 1] + shift[1], name, color=color)
     ax.legend(frameon=False, loc="lower right")

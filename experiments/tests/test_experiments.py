@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -323,3 +324,28 @@ def test_the_pages_tables_are_those_of_the_results_files():
     page = (results.parents[1] / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 4 and all([row[0], *row[2:6]] in full for row in rows)
+
+
+def test_the_pages_memory_is_what_fit_computed():
+    page = (DATA.parent / "README.md").read_text().split("## Small cards")[1]
+    rows = dict(re.findall(r"^\| ([\d.]+) \| (.*) \|$", page, re.M))
+    ladder = json.loads((DATA.parent / "results/step_cost_fit.json").read_text())["fit"]["ladder"]
+    flags = [x["flags"].replace("as is", "none") for x in ladder]
+    assert rows == {f"{x['total_gb']:.1f}": f if f == "none" else f"`{f}`" for x, f in zip(ladder, flags)}
+
+
+def test_the_page_names_a_test_of_every_promise_and_every_command():
+    folder = DATA.parent
+    page = (folder / "README.md").read_text()
+    promises = page.split("## What a training run promises")[1].split("\n### ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][2:]
+    tests = re.findall(r"^def (test_\w+)", (folder / "tests/test_train.py").read_text(), re.M)
+    assert len(rows) == 9
+    for row in rows:
+        for word in re.findall(r'`pytest -k "?([^"`]+)', row):
+            for part in word.split(" or "):
+                assert any(part in name for name in tests), row
+        assert "`pytest -k" in row or "`python -m experiments.faults`" in row
+    run = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert run == {re.match(r"\| `(\w+)", line)[1] for line in lines}
