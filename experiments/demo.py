@@ -2,10 +2,10 @@
 
     python -m experiments.demo
 
-Trains the small Stable Diffusion 3 pipeline of experiments/shapes_data twice with two processes, by SFT and by SOAR, for
-equally many steps; draws held-out prompts with the base and both trained transformers from the same noise; prints GenEval's
-table for the three. OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every command is printed
-before it runs.
+Trains the small Stable Diffusion 3 pipeline of experiments/shapes_data with two processes, by SFT and by SOAR, for
+equally many steps. Draws held-out prompts with the base and both trained transformers from the same noise, and
+prints GenEval's table for the three. OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every
+command is printed before it runs.
 """
 
 import json

@@ -23,12 +23,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train
-from experiments.shapes import PAIRS
-from experiments.tests.common import MODEL, finish, start
+from experiments.tests.common import DATASET, MODEL, finish, start
 
 INTERVAL = 3  # steps between checkpoints
-FLAGS = MODEL | {"dataset": PAIRS, "resolution": 64, "train_batch_size": 2, "num_aux_points": 1}
-FLAGS |= {"dataloader_num_workers": 0, "checkpointing_steps": INTERVAL, "logging_steps": 1, "learning_rate": 1e-5}
+FLAGS = MODEL | DATASET | {"train_batch_size": 2, "num_aux_points": 1, "checkpointing_steps": INTERVAL}
+FLAGS |= {"logging_steps": 1, "learning_rate": 1e-5}
 FLAGS |= {"checkpoints_total_limit": 2, "max_train_steps": 100_000}
 
 
@@ -102,8 +101,7 @@ def signals(root: Path, args: Args) -> list[str]:
             folder = root / f"{number.name} {target}".replace(" ", "-")
             launcher = "--standalone --nproc_per_node 2 --signals_to_handle".split()
             launcher += ["SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "train.py"]
-            flags = [str(word) for name, x in (FLAGS | {"output_dir": folder}).items() for word in (f"--{name}", x)]
-            process = start(1, "-m", "torch.distributed.run", *launcher, *flags)
+            process = start(1, "-m", "torch.distributed.run", *launcher, output_dir=folder, **FLAGS)
             wait(process, lambda: steps_done(folder) > INTERVAL)
             ranks = sorted(p.pid for p in psutil.Process(process.pid).children() if "train.py" in p.cmdline())
             for pid in {"one rank": ranks[1:2], "both ranks": ranks, "torchrun": [process.pid]}[target]:

@@ -1,7 +1,7 @@
 """A CPU-sized stand-in for SD3.5-Medium, its training data and GenEval: drawings of simple shapes.
 
-    python -m experiments.shapes build               # make everything in experiments/shapes_data from seeds
-    python -m experiments.shapes score DIR           # GenEval's table for a folder of samples
+    python -m experiments.shapes build          # make everything in experiments/shapes_data from seeds
+    python -m experiments.shapes score DIR      # GenEval's table for a folder of sample.py
 
 The classes are the real ones: a StableDiffusion3Pipeline whose transformer (3.0 M parameters), VAE and three
 text encoders are small; the text encoders are random and frozen. Scenes are 64 x 64 RGB, one to four objects
@@ -58,6 +58,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from sample import encode_prompts
 
 DATA = Path(__file__).parent / "shapes_data"
 PAIRS = DATA / "train.parquet"
@@ -445,15 +447,6 @@ def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def encode_captions(pipe: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Returns prompt_embeds (B, 2 MAX_SEQUENCE_LENGTH, 64) and pooled_prompt_embeds (B, 64), float32."""
-    prompt_embeds, _, pooled_prompt_embeds, _ = pipe.encode_prompt(
-        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
-    )
-    return prompt_embeds, pooled_prompt_embeds
-
-
 def to_pixels(images: Iterable[Image.Image]) -> Tensor:
     """RGB images of one size -> (n, 3, height, width) uint8."""
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).contiguous()
@@ -472,10 +465,10 @@ def train_vae(pixels: Tensor, steps: int, seed: int, batch: int = 16, lr: float 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     for step in (bar := tqdm(range(steps), desc="vae", mininterval=10)):
         x = pixels[torch.randint(len(pixels), (batch,), generator=generator)] / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample(generator=generator)).sample
+        found = vae.encode(x).latent_dist
+        y = vae.decode(found.sample(generator=generator)).sample
         # A weak KL term keeps latents smooth without blurring: edges are what the scorer reads.
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        kl = 0.5 * (found.mean**2 + found.var - 1 - found.logvar).mean()
         loss = (x - y).abs().mean() + (x - y).square().mean() + 1e-3 * kl
         optimizer.param_groups[0]["lr"] = lr * min(
             (step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -490,7 +483,7 @@ def train_vae(pixels: Tensor, steps: int, seed: int, batch: int = 16, lr: float 
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
+def posterior(vae: AutoencoderKL, pixels: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
     """(n, 3, 64, 64) uint8 -> the posterior's mean and std, (n, 16, 8, 8) float32, before shift and scale."""
     chunks = tqdm(pixels.split(batch), desc="latents", mininterval=10)
     found = [vae.encode(x / 127.5 - 1).latent_dist for x in chunks]
@@ -529,7 +522,7 @@ def pretrain(
         compile: use torch.compile (needs a C++ compiler), 1.3 times as fast.
     """
     table = sorted({"", *captions})  # "" comes first
-    prompt_embeds, pooled_prompt_embeds = encode_captions(pipe, table)
+    embeds = encode_prompts(pipe, table, MAX_SEQUENCE_LENGTH)
     index = torch.tensor([table.index(c) for c in captions])
     generator = torch.Generator().manual_seed(seed)
     transformer, vae = pipe.transformer.train(), pipe.vae.config
@@ -556,10 +549,8 @@ def pretrain(
             z0 = z0 + std[rows] * torch.randn(z0.shape, generator=generator)
         z0 = (z0 - vae.shift_factor) * vae.scaling_factor
         s = sigma[:, None, None, None]
-        v = transformer(
-            (1 - s) * z0 + s * z1, timestep=1000 * sigma, encoder_hidden_states=prompt_embeds[caption],
-            pooled_projections=pooled_prompt_embeds[caption], return_dict=False,
-        )[0]  # fmt: skip
+        cond = {key: x[caption] for key, x in embeds.items()}
+        v = transformer((1 - s) * z0 + s * z1, timestep=1000 * sigma, return_dict=False, **cond)[0]
         loss = (v - (z1 - z0)).square().mean()
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, 1, (steps - step) / (steps / 4))
         optimizer.zero_grad()
@@ -575,26 +566,6 @@ def pretrain(
             save_file(state, f"{checkpoint}.part")
             os.replace(f"{checkpoint}.part", checkpoint)
     transformer.eval().requires_grad_(False)
-
-
-def sample_folder(
-    pipe: StableDiffusion3Pipeline, prompts: list[dict], out: Path, steps: int = 40,
-    guidance_scale: float = 4.5, seed: int = 0, batch: int = 100,
-) -> None:  # fmt: skip
-    """Draw one image per prompt into GenEval's layout; image i depends on (seed, i), not on `batch`."""
-    pipe.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(prompts), batch), desc="samples"):
-        rows = range(start, min(start + batch, len(prompts)))
-        images = pipe(
-            [prompts[i]["prompt"] for i in rows], height=SIZE, width=SIZE, num_inference_steps=steps,
-            guidance_scale=guidance_scale, max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows],
-        ).images  # fmt: skip
-        for i, image in zip(rows, images, strict=True):
-            folder = Path(out) / f"{i:05d}"
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            (folder / "metadata.jsonl").write_text(json.dumps(prompts[i]))
-            image.save(folder / "samples" / "0000.png")
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -645,7 +616,7 @@ def build(
     out: Path = DATA, work: Path = Path("/tmp/shapes_build"), scenes: int = 32_000, pairs: int = 2_000,
     vae_steps: int = 1_500, steps: int = 6_000, late_steps: int = 400, seed: int = 0, compile: bool = False,
 ) -> None:  # fmt: skip
-    """Make the data, the pipeline and its score from seeds; what lies in `work` already is not made again."""
+    """Make the data and the pipeline from seeds; what lies in `work` already is not made again."""
     write_data(out, pairs)
     examples = [example(BROAD + i) for i in tqdm(range(scenes), desc="scenes", mininterval=10)]
     captions = [metadata["prompt"] for metadata, _ in examples]
@@ -653,7 +624,7 @@ def build(
 
     if not (work / "vae").exists():
         vae = train_vae(pixels, vae_steps, seed)
-        latents, _ = encode_images(vae, pixels[:2_000])
+        latents, _ = posterior(vae, pixels[:2_000])
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
         vae.save_pretrained(work / "vae")
@@ -664,7 +635,7 @@ def build(
     else:
         pipe = build_pipeline(vae, seed)
         pipe.save_pretrained(work / "pipeline")
-    mean, std = encode_images(vae, pixels)
+    mean, std = posterior(vae, pixels)
     if not (work / "transformer").exists():
         noisy = mislabel(captions, WRONG_CAPTIONS, seed)
         pretrain(pipe, mean, None, noisy, steps, seed, work / "pretrain.safetensors", compile=compile)
@@ -677,9 +648,6 @@ def build(
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(out / "model")
-    pipe = StableDiffusion3Pipeline.from_pretrained(out / "model")
-    sample_folder(pipe, held_out_prompts(), work / "samples")
-    score(work / "samples")
 
 
 def score(folder: tyro.conf.Positional[Path]) -> None:

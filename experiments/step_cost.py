@@ -6,10 +6,11 @@
     python -m experiments.step_cost growth --size small                by batch, N, resolution, processes: a figure
     python -m experiments.step_cost fit                                computed, not measured: what fits into which GPU
 
-Weights are random, from the config: nothing is downloaded. A step is train.py's, by its own functions, from
-latents and prompt embeddings on, so VAE and text encoders are left out; the learning rate is 0, so that all steps see
-the same weights and must give the same losses and gradients, which is asserted. Ways alternate within a repeat, forth and back; seconds
-are medians over the repeats, ratios medians of the ratios within a repeat. Written to experiments/results, as JSON.
+Weights are random, from the config: nothing is downloaded. A step is train.py's, by its own functions, from latents and
+prompt embeddings on, so VAE and text encoders are left out. The learning rate is 0, so that all steps see the same
+weights and must give the same losses and gradients, which is asserted. Ways alternate within a repeat, forth and back;
+seconds are medians over the repeats, ratios medians of the ratios within a repeat. Written to experiments/results, as
+JSON.
 
 Memory: on CUDA max_memory_allocated. On a CPU the peak of the resident set, in a process of its own for each way: what
 weights, gradients and moments take (16 bytes per parameter) and by how much the third step exceeds that.

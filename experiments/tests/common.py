@@ -80,7 +80,7 @@ def copy_pairs(rows: range, path: Path) -> Path:
 
 def small_world(folder: Path) -> World:
     """The first 12 pairs and every hundredth prompt, copied to folder."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     copy_pairs(range(12), folder / PAIRS.name)
     prompts = (DATA / "prompts.jsonl").read_text().splitlines(keepends=True)
     (folder / "prompts.jsonl").write_text("".join(prompts[::100]))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import train
 from experiments import diversity, figures
 from experiments import sft_vs_soar as experiment
 from experiments.shapes import COLORS, DATA, PAIRS, Scene, Thing, render
-from experiments.tests.common import MODEL, small_world
+from experiments.tests.common import MODEL, small_world, train_args
 from sample import seeded
 from soar import SoarConfig
 
@@ -169,17 +170,16 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
     default, extra = SoarConfig(), {}
     for name, arm in experiment.ARMS.items():
         changed = {k: v for k, v in vars(arm.config).items() if v != getattr(default, k)}
-        extra[name] = changed | {k: getattr(arm, k) for k in ("steps", "batch", "rate") if getattr(arm, k) != 1}
+        extra[name] = changed | {k: getattr(arm, k) for k in ("steps", "batch") if getattr(arm, k) != 1}
         assert (arm.weighting is not None) == name.endswith("_weighted")
     sft = {"lambda_aux": 0}
     assert extra == {
-        "sft": sft, "sft_r0.3": sft | {"rate": 1 / 3}, "sft_r2": sft | {"rate": 2},
-        "sft_steps": sft | {"steps": 22 / 3}, "sft_batch": sft | {"batch": 22 / 3}, "sft_weighted": sft,
+        "sft": sft, "sft_steps": sft | {"steps": 22 / 3}, "sft_batch": sft | {"batch": 22 / 3}, "sft_weighted": sft,
         "soar": {}, "soar_weighted": {}, "soar_w1": {"guidance_scale": 1}, "soar_sde": {"num_rollout_paths": 2},
         "soar_fresh": {"num_rollout_paths": 2, "shared_noise": False}, "soar_n1": {"num_aux_points": 1},
+        "soar_n1_l6": {"num_aux_points": 1, "lambda_aux": 6},
         "soar_n3": {"num_aux_points": 3}, "soar_l0.1": {"lambda_aux": 0.1}, "soar_l0.3": {"lambda_aux": 0.3},
-        "soar_steps": {"steps": 22 / 3}, "soar_k4": {"num_sampling_steps": 4},
-        "soar_k1e6": {"num_sampling_steps": 10**6},
+        "soar_steps": {"steps": 22 / 3}, "soar_k1e6": {"num_sampling_steps": 10**6},
         "soar_l2": {"lambda_aux": 2}, "soar_u1": {"sigma_upper_ratio": 1}, "soar_u1.5": {"sigma_upper_ratio": 1.5},
     }  # fmt: skip
     compute = {name: experiment.ARMS[name].compute() for name in ("sft", "soar", "sft_steps", "sft_batch", "soar_w1")}
@@ -187,19 +187,18 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
     assert experiment.ARMS["soar_sde"].compute() == pytest.approx(40 / 3)
 
 
-def test_arms_multiply_steps_batch_and_rate(world, monkeypatch):
+def test_arms_multiply_steps_and_batch(world, monkeypatch):
     seen, rates, original, adamw = [], [], experiment.step_inputs, torch.optim.AdamW
     monkeypatch.setattr(experiment, "step_inputs", lambda *args: seen.append(args[3:]) or original(*args))
     monkeypatch.setattr(torch.optim, "AdamW", lambda x, lr, **options: rates.append(lr) or adamw(x, lr, **options))
-    arm = experiment.Arm("any", experiment.SFT, steps=1.5, batch=2, rate=0.5)
+    arm = experiment.Arm("any", experiment.SFT, steps=1.5, batch=2)
     assert max(experiment.train(world, arm, TINY, 0)) == 3
-    assert seen == [(1, 4), (2, 4), (3, 4)] and rates == [TINY.learning_rate / 2]
+    assert seen == [(1, 4), (2, 4), (3, 4)] and rates == [TINY.learning_rate]
 
 
 def test_loss_of_each_step_equals_that_of_train_py(world, tmp_path):
-    flags = {"train_batch_size": 4, "max_train_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "seed": 5}
-    flags |= {"learning_rate": 1e-3, "resolution": 64, "dataset": str(world.data / PAIRS.name)}
-    train.main(train.Args(output_dir=tmp_path / "run", **flags, **MODEL))
+    flags = {"train_batch_size": 4, "max_train_steps": 2, "logging_steps": 1, "seed": 5, "learning_rate": 1e-3}
+    train.main(train_args(output_dir=tmp_path / "run", dataset=world.data / PAIRS.name, **flags))
     theirs = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = []
     original = experiment.soar_terms
@@ -325,3 +324,28 @@ def test_the_pages_tables_are_those_of_the_results_files():
     page = (results.parents[1] / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 4 and all([row[0], *row[2:6]] in full for row in rows)
+
+
+def test_the_pages_memory_is_what_fit_computed():
+    page = (DATA.parent / "README.md").read_text().split("## Small cards")[1]
+    rows = dict(re.findall(r"^\| ([\d.]+) \| (.*) \|$", page, re.M))
+    ladder = json.loads((DATA.parent / "results/step_cost_fit.json").read_text())["fit"]["ladder"]
+    flags = [x["flags"].replace("as is", "none") for x in ladder]
+    assert rows == {f"{x['total_gb']:.1f}": f if f == "none" else f"`{f}`" for x, f in zip(ladder, flags)}
+
+
+def test_the_page_names_a_test_of_every_promise_and_every_command():
+    folder = DATA.parent
+    page = (folder / "README.md").read_text()
+    promises = page.split("## What a training run promises")[1].split("\n### ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][2:]
+    tests = re.findall(r"^def (test_\w+)", (folder / "tests/test_train.py").read_text(), re.M)
+    assert len(rows) == 9
+    for row in rows:
+        for word in re.findall(r'`pytest -k "?([^"`]+)', row):
+            for part in word.split(" or "):
+                assert any(part in name for name in tests), row
+        assert "`pytest -k" in row or "`python -m experiments.faults`" in row
+    run = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert run == {re.match(r"\| `(\w+)", line)[1] for line in lines}

@@ -1,6 +1,9 @@
 """experiments/step_cost.py: the ways to take a step agree, and what they cost is counted, not timed."""
 
+import ast
+import inspect
 import json
+import textwrap
 
 import matplotlib.image
 import pytest
@@ -9,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from experiments import step_cost
 from experiments.step_cost import WAYS, Allocated, Args, Bench, take_step
 from sample import init_distributed
@@ -44,6 +48,23 @@ def test_table_compares_ways_and_counts_forward_units(tmp_path, alone, capsys):
     assert 2 < units["SFT"] < 3.5 and 0 < units["published, checkpointing"] - units["published"] < 3
     assert all(row["memory_gb"] == 8 and len(row["all_seconds"]) == 1 for row in rows.values())
     assert "| SOAR | " in capsys.readouterr().out
+
+
+def calls_of(function) -> list[str]:
+    """What a function calls, by the last part of its name, in the order of the source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [x.func for x in ast.walk(tree) if isinstance(x, ast.Call)]
+    calls.sort(key=lambda x: (x.end_lineno, x.end_col_offset))
+    return [getattr(x, "attr", getattr(x, "id", None)) for x in calls]
+
+
+def test_a_step_is_what_train_py_does_from_its_gradients_on():
+    theirs = calls_of(train.train)
+    first, last = theirs.index("backward"), theirs.index("zero_grad")
+    step = [name for name in theirs[first : last + 1] if name != "lr_factor"]  # which is a multiplication
+    assert step == ["backward", "clip_gradients", "check_finite", "step", "zero_grad"]
+    ours = [name for name in calls_of(step_cost.soar) + calls_of(Bench.step) if name in step]
+    assert ours == step
 
 
 def test_ways_that_differ_are_refused():
@@ -114,14 +135,14 @@ def test_fit_counts_gradients_casts_and_activations():
 
 
 def test_frozen_models_have_the_published_sizes_and_operations():
-    few, more = step_cost.encoders(1), step_cost.encoders(2)
+    few, more = step_cost.encoders(1), step_cost.encoders(4)
     assert few["parameters"] == 4_762_310_656 + 123_650_304 + 694_659_840  # of the published weights
     # 2 operations a weight and token, but for embeddings and CLIP's one projection, and the attention's small rest
     embeddings = 32_128 * 4096 + (49_408 + 77) * (768 + 1280)
     assert few["flop"] == pytest.approx(2 * 77 * (few["parameters"] - embeddings), rel=0.03)
-    assert more["flop"] == 2 * few["flop"]
+    assert more["flop"] == 4 * few["flop"]
     assert step_cost.peak_of_vae(2, 8)["flop"] == 2 * step_cost.peak_of_vae(1, 8)["flop"]
-    share = step_cost.shares(Args(), "sd3.5-medium", step_cost.encoders(4), step_cost.peak_of_vae(4, 64))
+    share = step_cost.shares(Args(), "sd3.5-medium", more, step_cost.peak_of_vae(4, 64))
     assert sum(share.values()) == pytest.approx(1) and share["transformer"] > 0.9
 
 

@@ -1,0 +1,109 @@
+"""How the files at the top read: nodes per code line, width, length of functions; what they import."""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from experiments.tests.common import ROOT
+
+FILES = sorted(ROOT.glob("*.py"))
+OURS = {"soar", "sample", "train", "test_soar", "experiments"}
+NODES_PER_LINE, COLUMNS, FUNCTION_LINES = 8.5, 100, 50
+LONGER = {("train.py", "train"): 80}  # the training loop
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
+
+
+def docstrings(tree: ast.AST) -> list[ast.Expr]:
+    """The docstrings of a module, its classes and functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            found.append(node.body[0])
+    return found
+
+
+def lines_of(node: ast.AST) -> set[int]:
+    return set(range(node.lineno, node.end_lineno + 1))
+
+
+def code_lines(source: str, tree: ast.AST) -> set[int]:
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return lines.difference(*map(lines_of, docstrings(tree)))
+
+
+def nodes_per_line(source: str) -> float:
+    """Statements and expressions per code line."""
+    tree = ast.parse(source)
+    left_out = {id(node) for doc in docstrings(tree) for node in ast.walk(doc)}
+    nodes = [x for x in ast.walk(tree) if isinstance(x, ast.stmt | ast.expr) and id(x) not in left_out]
+    return len(nodes) / len(code_lines(source, tree))
+
+
+def function_lengths(source: str) -> dict[str, int]:
+    """Lines of each function, but for docstrings."""
+    tree = ast.parse(source)
+    docs = set().union(*map(lines_of, docstrings(tree)))
+    functions = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
+    return {x.name: len(lines_of(x) - docs) for x in functions}
+
+
+def imported(source: str) -> set[str]:
+    """The top packages that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {x.name.split(".")[0] for x in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def third_party(path: Path) -> set[str]:
+    return imported(path.read_text()) - sys.stdlib_module_names - OURS
+
+
+def test_the_files_at_the_top_are_the_four():
+    assert [path.name for path in FILES] == ["sample.py", "soar.py", "test_soar.py", "train.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_at_the_top_is_easy_to_read(path: Path):
+    source = path.read_text()
+    assert nodes_per_line(source) <= NODES_PER_LINE
+    assert max(map(len, source.splitlines())) <= COLUMNS
+    for name, length in function_lengths(source).items():
+        assert length <= LONGER.get((path.name, name), FUNCTION_LINES), name
+
+
+def test_the_files_at_the_top_import_one_another_in_one_direction_only():
+    found = {path.name: imported(path.read_text()) & OURS for path in FILES}
+    assert found == {
+        "soar.py": set(), "sample.py": {"soar"}, "train.py": {"sample", "soar"}, "test_soar.py": {"soar"},
+    }  # fmt: skip
+    assert third_party(ROOT / "soar.py") == {"torch", "einops"}
+
+
+def test_requirements_are_what_the_files_at_the_top_import_and_no_more():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in lines if not line.startswith("#")}
+    imports = set().union(*map(third_party, FILES))
+    by_others = {"tensorboard", "accelerate"}  # of torch.utils.tensorboard and of diffusers
+    assert pinned == {"pillow" if name == "PIL" else name for name in imports} | by_others
+
+
+def test_measures_equal_counts_by_hand():
+    source = '"""Not\ncounted."""\n\ndef f(x):\n    """Nor this."""\n    # nor it\n    return (\n        x + 1\n    )\n'
+    # The function, its return, x + 1, x and 1, over the lines of def, return, x + 1 and the bracket.
+    assert nodes_per_line(source) == 5 / 4
+    assert function_lengths(source) == {"f": 5}  # the comment is one
+    assert imported("def f():\n    import experiments.shapes\n    from train import x\n") == {"experiments", "train"}
