@@ -52,7 +52,7 @@ from diffusers import (
 )
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -74,6 +74,7 @@ FIT = (
     "joint_attention_dim", "pooled_projection_dim",
 )  # fmt: skip
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers gives such files
+PEFT = "adapter_config.json"  # beside a LoRA file of peft: its alpha, among others
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,11 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by children
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise RuntimeError(f"--output_dir {folder} is in use by {file.read()}") from None
+        except OSError as error:  # some network disks have no locks
+            print(f"warning: {folder} can't be locked ({error}), start no second run there")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -215,14 +218,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the weights and settings in a folder, wherever it lies: of its
-    safetensors, text and JSON files, the latter without _name_or_path and the like."""
+    """SHA-256 of a file (of a LoRA file: with peft's settings, if they lie beside it), or of the
+    weights and settings in a folder, wherever it lies: of its safetensors, text and JSON files, the
+    latter without _name_or_path and the like. Hidden files do not count."""
     if path.is_file():
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            result = hashlib.file_digest(file, "sha256")
+        if path.suffix == ".safetensors" and path.with_name(PEFT).is_file():
+            result.update(path.with_name(PEFT).read_bytes())
+        return result.hexdigest()
     parts = []
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
+        if name.startswith(".") or "/." in name:
+            continue
         if file.suffix in (".safetensors", ".txt", ".model"):
             parts.append([name, digest(file)])
         elif file.suffix == ".json" and not file.name.endswith(".index.json"):
@@ -310,9 +319,10 @@ def load_pipeline(
     index = StableDiffusion3Pipeline.load_config(name_or_path)
     parts = {"vae": _load(AutoencoderKL, name_or_path, "vae", torch.float32).to(device)}
     for name, kind in ENCODERS.items():
-        if index.get(name, [None])[0] is not None:  # a pipeline may come without T5
-            encoder = _load(kind, name_or_path, name, dtype)
-            parts[name] = encoder.to(text_encoder_device or device)
+        if index.get(name, [None])[0] is None:
+            raise ValueError(f"{name_or_path}: it has no {name}, and all three encoders are needed")
+        encoder = _load(kind, name_or_path, name, dtype)
+        parts[name] = encoder.to(text_encoder_device or device)
     for part in parts.values():
         part.requires_grad_(False).eval()
     pipe = StableDiffusion3Pipeline.from_pretrained(name_or_path, transformer=None, **parts)
@@ -333,18 +343,25 @@ def load_transformer(
     else:
         model = _load(SD3Transformer2DModel, name_or_path, "transformer", torch.float32)
         merge_lora(model, weights)
-        model.to(dtype)
+        torch.nn.Module.to(model, dtype)  # diffusers' own warns, though nothing must stay float32
     return model.requires_grad_(False).eval().to(device)
 
 
 def _load(kind: type, name_or_path: str | Path, subfolder: str | None, dtype: torch.dtype):
-    """kind.from_pretrained, of whose weights none is missing and none left over: the libraries fill
-    what is missing with random numbers and pass over what is left."""
+    """kind.from_pretrained, of whose weights none is missing, left over or of another shape: the
+    libraries fill what is missing with random numbers and pass over what is left."""
     options = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-    model, info = kind.from_pretrained(name_or_path, subfolder=subfolder or "", **options)
+    place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
+    if kind in ENCODERS.values():
+        options["ignore_mismatched_sizes"] = True  # else transformers' error names no tensor
+    try:
+        model, info = kind.from_pretrained(name_or_path, subfolder=subfolder or "", **options)
+    except ValueError as error:  # diffusers' names a tensor and no file
+        raise ValueError(f"{place}: {error}") from None
     # Old CLIP files hold the numbers 0, 1, 2, ... by this name.
     left_over = [x for x in info["unexpected_keys"] if not x.endswith("position_ids")]
-    place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
+    for name, came, expected in info["mismatched_keys"]:
+        raise ValueError(f"{place}: {name} is {tuple(came)}, expected {tuple(expected)}")
     if info["missing_keys"]:
         raise ValueError(f"{place}: the weights lack {min(info['missing_keys'])}")
     if left_over:
@@ -354,8 +371,8 @@ def _load(kind: type, name_or_path: str | Path, subfolder: str | None, dtype: to
 
 LORA_KEY = re.compile(
     r"(?:transformer\.|base_model\.model\.|lora_unet_|lora_transformer_)?(?P<module>.+?)\."
-    r"(?:(?P<alpha>alpha)|(?:lora_A|lora_down|lora\.down)(?P<down>(?:\.\w+)?\.weight)"
-    r"|(?:lora_B|lora_up|lora\.up)(?P<up>(?:\.\w+)?\.weight))"
+    r"(?:(?P<alpha>alpha)|(?:lora_A|lora_down|lora\.down)(?P<down>(?:\.[^.]+)?\.weight)"
+    r"|(?:lora_B|lora_up|lora\.up)(?P<up>(?:\.[^.]+)?\.weight))"
 )
 
 
@@ -367,35 +384,58 @@ def read_lora(file: Path, model: SD3Transformer2DModel) -> dict[str, tuple[Tenso
     linear = {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
     known = {name.replace(".", "_"): name for name in linear} | {name: name for name in linear}
     parts: dict[str, dict[str, Tensor]] = {}
-    with safe_open(file, "pt") as tensors:
-        config = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        for key in tensors.keys():
-            match = LORA_KEY.fullmatch(key)
-            if match is None or match["module"] not in known:
-                raise ValueError(f"{file} does not fit: the model has no place for {key}")
-            kind = "alpha" if match["alpha"] else "down" if match["down"] else "up"
-            parts.setdefault(known[match["module"]], {})[kind] = tensors.get_tensor(key)
+    tensors, config = _read_lora_file(file)
+    for key, tensor in tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if match is None or match["module"] not in known:
+            raise ValueError(f"{file} does not fit: the model has no place for {key}")
+        kind = "alpha" if match["alpha"] else "down" if match["down"] else "up"
+        part = parts.setdefault(known[match["module"]], {})
+        if kind in part:
+            raise ValueError(f"{file}: {key} is the second of its kind, expected a single adapter")
+        part[kind] = tensor
     if not parts:
         raise ValueError(f"{file} holds no LoRA weights")
     return {x: _lora_matrices(file, x, linear[x], parts[x], config) for x in sorted(parts)}
 
 
+def _read_lora_file(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """Its tensors, and peft's settings: in the file, where diffusers puts them, else beside it."""
+    try:
+        with safe_open(file, "pt") as content:
+            settings = (content.metadata() or {}).get("lora_adapter_metadata")
+            tensors = {key: content.get_tensor(key) for key in content.keys()}
+        if settings is None and file.with_name(PEFT).is_file():
+            settings = file.with_name(PEFT).read_text()
+        config = json.loads(settings or "{}")
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} can't be read: {error}") from None
+    if settings is None and any(key.startswith("base_model.") for key in tensors):
+        raise ValueError(f"{file} is peft's, whose alpha is in {PEFT}: there is none beside it")
+    return tensors, {key.removeprefix("transformer."): x for key, x in config.items()}
+
+
 def _lora_matrices(
     file: Path, name: str, module: torch.nn.Linear, part: dict[str, Tensor], config: dict
 ) -> tuple[Tensor, Tensor, float]:
-    """A, B and scale of one module. config: peft's, as diffusers puts it into the file, if any."""
+    """A, B and scale of one module. config: peft's settings, or {}."""
     if "down" not in part or "up" not in part:
         raise ValueError(f"{file} does not fit: of {name} it holds only {', '.join(sorted(part))}")
     a, b = part["down"].float(), part["up"].float()
-    rank = len(a)
-    if a.shape != (rank, module.in_features) or b.shape != (module.out_features, rank):
+    rank = b.shape[-1] if b.ndim else 0
+    fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
+    if not fits or rank == 0:
         came = f"{tuple(b.shape)} times {tuple(a.shape)}"
         expected = f"{tuple(module.weight.shape)} in all"
         raise ValueError(f"{file} does not fit: {name} is {came}, expected {expected}")
-    config = {key.removeprefix("transformer."): x for key, x in config.items()}
     if config.get("use_dora") or config.get("alpha_pattern"):
         raise ValueError(f"{file}: its settings use_dora or alpha_pattern are not supported")
-    alpha = part["alpha"].item() if "alpha" in part else config.get("lora_alpha", rank)
+    alpha = config.get("lora_alpha", rank)
+    if "alpha" in part:
+        if part["alpha"].numel() != 1:
+            shape = tuple(part["alpha"].shape)
+            raise ValueError(f"{file}: alpha of {name} is {shape}, expected one number")
+        alpha = part["alpha"].item()
     return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -519,8 +559,12 @@ def identity(name_or_path: str, part: str) -> str:
         return SD3Transformer2DModel.load_config(name_or_path, **options)[1]
     if part == "transformer":
         return digest(Path(name_or_path, "transformer"))
-    folders = [x for x in visible(Path(name_or_path)) if x.is_dir() and x.name != "transformer"]
-    return hashlib.sha256(json.dumps([[x.name, digest(x)] for x in folders]).encode()).hexdigest()
+    parts = []
+    for name, kind in sorted(StableDiffusion3Pipeline.load_config(name_or_path).items()):
+        folder = Path(name_or_path, name)
+        if name != "transformer" and isinstance(kind, list) and folder.is_dir():
+            parts.append([name, kind, digest(folder)])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -533,18 +577,22 @@ class Job:
     folder: Path  # where its images go
 
     def protocol(self, args: Args, rows: list[dict], max_sequence_length: int) -> dict:
-        """All that the images depend on. "from" says where weights lay, which does not matter."""
+        """All that the images depend on. "from" says where weights came from, which does not
+        matter: their digests do."""
         base = args.pretrained_model_name_or_path
         lora = self.weights is not None and self.weights.is_file()
         full = self.weights is not None and not lora
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(base, subfolder="scheduler")
         packages = ("torch", "diffusers", "transformers")
         return {
-            "from": {"pipeline": base, "transformer": str(self.weights or "base")},
+            "from": {
+                "pipeline": base,
+                "transformer": str(self.weights or "base"),
+                "step": self.state.get("step"),
+            },
             "pipeline": identity(base, "rest"),
             "transformer": digest(self.weights) if full else identity(base, "transformer"),
             "lora": digest(self.weights) if lora else None,
-            "step": self.state.get("step"),
             "scheduler": scheduler["_class_name"],
             "shift": scheduler["shift"],
             "num_images_per_prompt": args.num_images_per_prompt,
@@ -569,7 +617,8 @@ def plan(args: Args) -> tuple[list[Job], int]:
         weights, state = find_weights(given)
         check_fit(given, weights, args.pretrained_model_name_or_path)
         parts = [part for part in Path(given).parts if part not in ("/", "..")]
-        name = "-".join(parts) if len(args.transformer) > 1 else ""
+        name = "-".join(parts) or Path(given).resolve().name  # . and .. have no parts
+        name = name if len(args.transformer) > 1 else ""
         jobs.append(Job(given, weights, state, args.output_dir / name))
         if "settings" in state:
             trained[given] = state["settings"]["max_sequence_length"]
