@@ -94,19 +94,25 @@ def kill(root: Path, args: Args) -> list[str]:
 
 
 def signals(root: Path, args: Args) -> list[str]:
-    """SIGTERM, SIGINT, SIGUSR1 to one rank, to both, and to torchrun, which is told to pass on SIGUSR1 too."""
+    """SIGTERM, SIGINT, SIGUSR1 to one rank, to both, to torchrun, which is told to pass on SIGUSR1 too, and to the
+    whole process tree, data loader's workers first, as SLURM and systemd do."""
     rows = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for target in ("one rank", "both ranks", "torchrun"):
+        for target in ("one rank", "both ranks", "torchrun", "the whole tree"):
             folder = root / f"{number.name} {target}".replace(" ", "-")
             launcher = "--standalone --nproc_per_node 2 --signals_to_handle".split()
             launcher += ["SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "train.py"]
-            process = start(1, "-m", "torch.distributed.run", *launcher, output_dir=folder, **FLAGS)
+            flags = FLAGS | {"output_dir": folder, "dataloader_num_workers": 2}
+            process = start(1, "-m", "torch.distributed.run", *launcher, **flags)
             wait(process, lambda: steps_done(folder) > INTERVAL)
+            below = psutil.Process(process.pid).children(recursive=True)[::-1]
             ranks = sorted(p.pid for p in psutil.Process(process.pid).children() if "train.py" in p.cmdline())
-            for pid in {"one rank": ranks[1:2], "both ranks": ranks, "torchrun": [process.pid]}[target]:
+            targets = {"one rank": ranks[1:2], "both ranks": ranks, "torchrun": [process.pid]}
+            targets["the whole tree"] = [*(p.pid for p in below), process.pid]
+            for pid in targets[target]:
                 os.kill(pid, number)
             done, saved = finish(process), steps_saved(folder)
+            assert psutil.wait_procs(below, timeout=15)[1] == [], "a process is left"
             assert f"after step {saved}; the same command goes on from" in done.stdout, done.stderr[-3000:]
             lost = steps_done(folder) - saved
             rows.append(f"{number.name} to {target} | {lost} steps; torchrun's exit code is {done.returncode}")
