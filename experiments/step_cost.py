@@ -586,6 +586,16 @@ def shares(args: Args, size: str, text: dict[str, int], vae: dict[str, int]) -> 
     return {name: flop / sum(made.values()) for name, flop in made.items()}
 
 
+def gigabytes(terms: dict[str, int], vae: dict[str, int], text: dict[str, int]) -> dict[str, float]:
+    """What a training step takes on a GPU, of what peak_of_terms, peak_of_vae and encoders found."""
+    frozen = vae["weights"] + 2 * text["parameters"]
+    peak = max(terms["peak"], 4 * terms["trained"] + vae["peak"])  # images are encoded while gradients are there
+    moments = 8 * terms["trained"]
+    found = {"total_gb": terms["weights"] + peak + moments + frozen, "weights_gb": terms["weights"]}
+    found |= {"moments_gb": moments, "gradients_bf16_weights_activations_gb": peak, "encoders_vae_gb": frozen}
+    return {name: size / 1e9 for name, size in found.items()}
+
+
 def fit(args: Args, device: torch.device) -> dict:
     """The ladder of what fits where, and the all-reduce on paper: computed, none of it measured."""
     size, made = "sd3.5-medium", []
@@ -593,16 +603,12 @@ def fit(args: Args, device: torch.device) -> dict:
     ladder = [(80, False, None, False), (80, True, None, False), (48, True, None, True)]
     ladder += [(24, True, 16, False), (24, True, 16, True)]
     for gpu, checkpointing, rank, on_cpu in ladder:
-        found = peak_of_terms(size, args.batch_size, checkpointing, rank)
-        frozen = vae["weights"] + (0 if on_cpu else 2 * text["parameters"])
-        peak = max(found["peak"], 4 * found["trained"] + vae["peak"])  # images are encoded while gradients are there
-        total = found["weights"] + peak + 8 * found["trained"] + frozen
         flags = ["--gradient_checkpointing"] if checkpointing else []
         flags += [f"--lora_rank {rank}"] if rank else []
         flags += ["--text_encoder_device cpu"] if on_cpu else []
-        row = {"gpu_gb": gpu, "flags": " ".join(flags) or "as is", "total_gb": total / 1e9}
-        row |= {"weights_gb": found["weights"] / 1e9, "moments_gb": 8 * found["trained"] / 1e9}
-        row |= {"gradients_bf16_weights_activations_gb": peak / 1e9, "encoders_vae_gb": frozen / 1e9}
+        found = peak_of_terms(size, args.batch_size, checkpointing, rank)
+        memory = gigabytes(found, vae, {"parameters": 0} if on_cpu else text)
+        row = {"gpu_gb": gpu, "flags": " ".join(flags) or "as is"} | memory
         made.append(row)
         print(f"{gpu} GB, {row['flags']}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k.endswith("_gb")))
     parameters, network = peak_of_terms(size, 1, True, None)["trained"], {}

@@ -134,6 +134,16 @@ def test_fit_counts_gradients_casts_and_activations():
     assert lora["peak"] < checkpointed["peak"] - 4 * (whole["trained"] - lora["trained"]) + 2 * whole["trained"]
 
 
+def test_memory_of_a_step_is_the_sum_of_its_parts():
+    vae, text = {"weights": 7e9, "peak": 3e9}, {"parameters": 5e9}
+    for peak, most in ((6e9, 6), (1e9, 4 * 0.5 + 3)):  # of the terms; of the VAE, beside the gradients
+        found = step_cost.gigabytes({"weights": 2e9, "trained": 0.5e9, "peak": peak}, vae, text)
+        assert found == pytest.approx({
+            "weights_gb": 2, "moments_gb": 8 * 0.5, "gradients_bf16_weights_activations_gb": most,
+            "encoders_vae_gb": 7 + 2 * 5, "total_gb": 2 + 4 + most + 17,
+        })  # fmt: skip
+
+
 def test_frozen_models_have_the_published_sizes_and_operations():
     few, more = step_cost.encoders(1), step_cost.encoders(4)
     assert few["parameters"] == 4_762_310_656 + 123_650_304 + 694_659_840  # of the published weights
