@@ -238,17 +238,22 @@ def test_pickscore_is_26_times_flow_grpo_s(local, flags):
 
 
 @torch.no_grad()
-def test_clipscore_is_the_cosine(local, flags):
-    """logits_per_image.diagonal() / 100, pixels by Pillow's own bilinear filter, which rounds to
-    whole grey levels; so the tolerance is that of half a level."""
+def test_clipscore_is_the_cosine_with_bilinear_pixels(local, flags):
+    """logits_per_image.diagonal() / 100. Pillow's filters round to whole grey levels, so pixels
+    by its bilinear one give nearly our value; by its bicubic one, CLIP's usual, they do not."""
+    noise = torch.randint(0, 256, (2, 64, 64, 3), generator=rng(9), dtype=torch.uint8)
+    images = [Image.fromarray(x.numpy()) for x in noise]
     model = CLIPModel.from_pretrained(local[CLIP_L]).eval()
     tokenizer = CLIPTokenizer.from_pretrained(local[CLIP_L])
     tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    resized = [image.resize((224, 224), Image.Resampling.BILINEAR) for image in IMAGES]
-    pixels = CLIPImageProcessorPil(do_resize=False)(resized, return_tensors="pt")
-    theirs = model(**pixels, **tokens).logits_per_image.diagonal() / 100
-    ours = values(scorers.ClipScore, flags)
-    assert near(ours, theirs, 2e-3) and ours.abs().max() <= 1
+    ours, off = values(scorers.ClipScore, flags, images), {}
+    for name in ("BILINEAR", "BICUBIC"):
+        resized = [image.resize((224, 224), Image.Resampling[name]) for image in images]
+        pixels = CLIPImageProcessorPil(do_resize=False)(resized, return_tensors="pt")
+        theirs = model(**pixels, **tokens).logits_per_image.diagonal() / 100
+        off[name] = (ours - theirs).abs().max()
+    assert ours.abs().max() <= 1 and ours[0] != ours[1]
+    assert off["BILINEAR"] < 5e-4 and off["BILINEAR"] < 0.1 * off["BICUBIC"], off
 
 
 @torch.no_grad()
@@ -714,8 +719,10 @@ def test_folders_that_cannot_be_scored_are_refused_by_name(tmp_path, flags):
         with pytest.raises(ValueError, match=named) as error:
             run(good, bad, metrics=("aesthetic",), weights=flags)
         assert str(bad) in str(error.value)
-    with pytest.raises(ValueError, match="straight double quotes.*red"):
-        run(good, metrics=("ocr_rapid",))
+    half = make_folder(tmp_path / "half", ['a "red" sign', "a blue sign"])
+    with pytest.raises(ValueError, match="straight double quotes.*blue"):
+        run(half, metrics=("aesthetic", "ocr_rapid"), weights=flags)
+    assert not (half / "scores.jsonl").exists()  # refused before anything was computed
     with pytest.raises(ValueError, match="twice"):
         run(good, tmp_path / "." / "good")
 
