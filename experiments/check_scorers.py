@@ -30,7 +30,7 @@ from sample import read_prompts
 PINS = (
     "torch==2.14.1", "torchvision==0.29.1", "open_clip_torch==3.3.0", "transformers==4.55.4",
     "timm==1.0.31", "fairscale==0.4.13", "diffusers==0.33.1", "accelerate==1.4.0",
-    "datasets==5.2.0",
+    "datasets==3.3.2",
 )  # fmt: skip
 ALONE = ("image-reward==1.5",)  # it asks for OpenAI's clip, which is not on PyPI
 WIDTHS = {"vision": 160, "text": 128, "embed": 48, "layers": 3}

@@ -253,7 +253,7 @@ def test_clipscore_is_the_cosine_with_bilinear_pixels(local, flags):
         theirs = model(**pixels, **tokens).logits_per_image.diagonal() / 100
         off[name] = (ours - theirs).abs().max()
     assert ours.abs().max() <= 1 and ours[0] != ours[1]
-    assert off["BILINEAR"] < 5e-4 and off["BILINEAR"] < 0.1 * off["BICUBIC"], off
+    assert off["BILINEAR"] < 0.1 * off["BICUBIC"], off
 
 
 @torch.no_grad()
@@ -729,7 +729,8 @@ def test_folders_that_cannot_be_scored_are_refused_by_name(tmp_path, flags):
 
 # --- GenEval ------------------------------------------------------------------------------------
 
-TASKS = {"a bench": "single_object", "a cat": "single_object", "two dogs": "counting"}
+TASKS = {"a bench": "single_object", "a cat": "single_object"}
+TASKS |= {"two dogs": "counting", "two cats": "counting"}
 
 
 def write_results(folder: Path, verdicts: list[bool], start: str = "/elsewhere/images") -> None:
@@ -745,9 +746,10 @@ def write_results(folder: Path, verdicts: list[bool], start: str = "/elsewhere/i
 def test_geneval_is_the_official_overall_score(tmp_path, capsys):
     """summary_scores.py: the mean over tasks of the share of correct images."""
     folders = [make_folder(tmp_path / x, list(TASKS), 4) for x in "ab"]
-    first = [True, True, False, False, True, True, True, False, True, False, False, False]
+    first = [True, True, False, False, True, True, True, False]
+    first += [True, False, False, False, True, True, True, True]
     write_results(folders[0], first)
-    write_results(folders[1], [True] * 12)
+    write_results(folders[1], [True] * 16)
     out = run(*folders, metrics=("geneval",), check_base=True, capsys=capsys)
     single, counting = np.mean(first[:8]), np.mean(first[8:])
     overall = (single + counting) / 2
@@ -755,9 +757,10 @@ def test_geneval_is_the_official_overall_score(tmp_path, capsys):
     assert metrics["geneval"]["mean"] == pytest.approx(overall)
     assert metrics["geneval single_object"]["mean"] == pytest.approx(single)
     assert metrics["geneval counting"]["mean"] == pytest.approx(counting)
-    spread = np.var([0.5, 0.75], ddof=1) / 2
+    spreads = [np.var(means, ddof=1) / 2 for means in ([0.5, 0.75], [0.25, 1])]
     task = metrics["geneval single_object"]["standard_error"]
-    assert task == pytest.approx(spread**0.5)
+    assert task == pytest.approx(spreads[0] ** 0.5)
+    assert metrics["geneval"]["standard_error"] == pytest.approx(sum(spreads) ** 0.5 / 2)
     row = next(line for line in out.splitlines() if line.startswith("| geneval |"))
     assert "0.63 | 0.7 | 0.78" in row and f"{overall - 0.63:+.3f}" in row
     assert f"{1 - overall:+.3f}" in row
@@ -767,7 +770,7 @@ def test_geneval_of_other_images_or_prompts_is_refused(tmp_path):
     folder = make_folder(tmp_path / "a", list(TASKS), 1)
     with pytest.raises(ValueError, match="no results.jsonl"):
         run(folder, metrics=("geneval",))
-    write_results(folder, [True] * 3)
+    write_results(folder, [True] * 4)
     text = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(text.replace("a cat", "a dog"))
     with pytest.raises(ValueError, match="00001/samples/00000.png is of another prompt"):
