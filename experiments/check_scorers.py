@@ -48,6 +48,7 @@ from ImageReward.ImageReward import ImageReward
 
 folder, widths, prompts, lines = Path(sys.argv[1]), *map(json.loads, sys.argv[2:5])
 generator = torch.Generator().manual_seed(0)
+torch.manual_seed(0)
 
 def randomize(model):
     with torch.no_grad():
@@ -103,6 +104,9 @@ config = dict(
 )
 (folder / "med_config.json").write_text(json.dumps(config))
 reward = randomize(ImageReward(str(folder / "med_config.json")))
+with torch.no_grad():
+    for p in reward.mlp.parameters():  # else its small weights would hide differences
+        p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
 torch.save(reward.state_dict(), folder / "ImageReward.pt")
 
 with torch.no_grad():

@@ -386,6 +386,7 @@ def summarize(rows: list[Row], folders: list[Folder]) -> None:
 
 
 def main(args: Args) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions would round to 10 bits
     folders = open_folders(args.folders)
     names = list(dict.fromkeys(args.metrics))
     for prompt in folders[0].prompts if {"ocr", "ocr_rapid"} & set(names) else ():

@@ -223,6 +223,8 @@ class Hpsv2:
 
     Source: hpsv2/img_score.py of tgxs002/HPSv2, and flow_grpo/hpsv2_scorer.py of
     NVlabs/DiffusionNFT, also its resizing: bicubic, in float. The file holds open_clip's tensors.
+    open_clip's tokenizer straightens typographic quotes and decodes HTML, transformers' does not;
+    DrawBench has neither (python -m experiments.check_scorers --prompts FILE compares).
     """
 
     SOURCES = (HPS, CLIP_H)
