@@ -406,10 +406,15 @@ def main(args: Args) -> None:
         print("ocr_rapid: other models than the paper's OCR, not comparable with it")
 
 
-if __name__ == "__main__":
+def command(words: list[str] | None = None) -> None:
+    """The command line, by default the process's own. What a user can mend ends in one line."""
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(tyro.cli(Args, args=words, description=__doc__, use_underscores=True))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped: the same command goes on from the last save")
+
+
+if __name__ == "__main__":
+    command()
