@@ -35,7 +35,7 @@ import tyro
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS
 
 ROOT = Path(__file__).parents[1]
 PINS = (
@@ -121,7 +121,7 @@ def with_transformer(base: Path, transformer: Path, folder: Path) -> Path:
 def train(folder: Path, steps: int, *flags: str) -> Path:
     """A run of train.py on the shapes world. Returns its final checkpoint; raises RuntimeError."""
     command = [sys.executable, "train.py", "--output_dir", folder, "--max_train_steps", steps]
-    command += ["--pretrained_model_name_or_path", DATA / "model", "--dataset", DATA / "train"]
+    command += ["--pretrained_model_name_or_path", DATA / "model", "--dataset", PAIRS]
     command += ["--resolution", 64, "--max_sequence_length", MAX_SEQUENCE_LENGTH]
     command += ["--mixed_precision", "no", "--dataloader_num_workers", 0, *flags]
     done = run(command)
