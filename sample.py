@@ -358,14 +358,12 @@ def _load(kind: type, name_or_path: str | Path, subfolder: str | None, dtype: to
         model, info = kind.from_pretrained(name_or_path, subfolder=subfolder or "", **options)
     except ValueError as error:  # diffusers' names a tensor and no file
         raise ValueError(f"{place}: {error}") from None
-    # Old CLIP files hold the numbers 0, 1, 2, ... by this name.
-    left_over = [x for x in info["unexpected_keys"] if not x.endswith("position_ids")]
     for name, came, expected in info["mismatched_keys"]:
         raise ValueError(f"{place}: {name} is {tuple(came)}, expected {tuple(expected)}")
     if info["missing_keys"]:
         raise ValueError(f"{place}: the weights lack {min(info['missing_keys'])}")
-    if left_over:
-        raise ValueError(f"{place}: {kind.__name__} has no place for {min(left_over)}")
+    if info["unexpected_keys"]:
+        raise ValueError(f"{place}: {kind.__name__} has no place for {min(info['unexpected_keys'])}")
     return model
 
 

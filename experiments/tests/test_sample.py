@@ -126,7 +126,7 @@ def write(tensors: dict[str, Tensor], path: Path, settings: str | None = None) -
     """A safetensors file; settings are peft's, where diffusers puts them."""
     metadata = {"format": "pt"} | ({"lora_adapter_metadata": settings} if settings else {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.clone() for key, x in tensors.items()}, path, metadata=metadata)
+    save_file({key: x.clone().contiguous() for key, x in tensors.items()}, path, metadata=metadata)
     return path
 
 
@@ -457,6 +457,29 @@ def test_save_whole_leaves_the_old_file_where_writing_fails(tmp_path, monkeypatc
     assert (tmp_path / "a.png").read_bytes() == b"old"
 
 
+def test_lock_names_its_holder_alone_and_ends_with_it(tmp_path):
+    with sample.locked(tmp_path):
+        pass  # a holder before
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold() -> None:
+        with sample.locked(tmp_path):
+            held.set()
+            time.sleep(100)
+
+    child = context.Process(target=hold)
+    child.start()
+    assert held.wait(60)
+    with pytest.raises(RuntimeError) as caught, sample.locked(tmp_path):
+        pass
+    assert re.findall(r"process (\d+)", str(caught.value)) == [str(child.pid)]
+    child.kill()
+    child.join()
+    with sample.locked(tmp_path):
+        pass
+
+
 def test_folder_on_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -489,6 +512,8 @@ def test_output_dir_of_other_files_is_refused(tmp_path, no_model):
     message = refused(ValueError, tmp_path, **QUICK)
     assert str(tmp_path) in message and "protocol.json" in message
     (tmp_path / "metrics.jsonl").rename(tmp_path / "protocol.json")
+    message = refused(ValueError, tmp_path, **QUICK)  # as of a version with fewer settings
+    assert str(tmp_path) in message and "seed: was None, now 3" in message
     both = ("base", str(BASE / "transformer"))
     message = refused(ValueError, tmp_path, transformer=both, **QUICK)
     assert str(tmp_path) in message and "protocol.json" in message
