@@ -279,10 +279,10 @@ def _check_targets(points: list[Point], levels: list[Levels], z0: Tensor, z1: Te
     if name is not None:
         raise ValueError(f"targets are (z_aux - z0) divided by {name}: divide by sigma_aux")
     worst, _, _ = _worst(divisors, [x.sigma_aux for x in levels])
+    why = ""
     if max(worst, rest) < HALF:
-        raise ValueError(f"targets miss (z_aux - z0) / sigma_aux by {off:.2g} / sigma_aux: are they "
-                         "formed in half precision? Form them in float32")
-    raise ValueError(f"targets miss (z_aux - z0) / sigma_aux by {off:.2g} / sigma_aux")
+        why = ": are they formed in half precision? Form them in float32"
+    raise ValueError(f"targets miss (z_aux - z0) / sigma_aux by {off:.2g} / sigma_aux{why}")
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
