@@ -363,7 +363,8 @@ def _load(kind: type, name_or_path: str | Path, subfolder: str | None, dtype: to
     if info["missing_keys"]:
         raise ValueError(f"{place}: the weights lack {min(info['missing_keys'])}")
     if info["unexpected_keys"]:
-        raise ValueError(f"{place}: {kind.__name__} has no place for {min(info['unexpected_keys'])}")
+        left_over = min(info["unexpected_keys"])
+        raise ValueError(f"{place}: {kind.__name__} has no place for {left_over}")
     return model
 
 

@@ -74,7 +74,8 @@ class Case:
         self.shape, self.config = shape, config
         self.model = Model(shape, seed, dtype)
         self.z0 = randn(seed + 10, *shape).to(dtype)
-        self.cond = randn(seed + 11, shape[0], math.prod(shape[1:])).to(dtype)
+        elements = math.prod(shape[1:])
+        self.cond = randn(seed + 11, shape[0], elements).to(dtype)
         self.draws = draw(shape, config, rng(seed + 12))
 
     def part(self, index):
@@ -142,7 +143,9 @@ def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(case)
     dtype, shift, calls = case.z0.dtype, case.config.shift, []
     case.draws = case.draws._replace(z1=case.draws.z1.to(dtype).float())  # exact in dtype
     wide = torch.promote_types(dtype, torch.float32)
-    z0, z1, t = (x.to(wide) for x in (case.z0, case.draws.z1, case.draws.t))
+    z0 = case.z0.to(wide)
+    z1 = case.draws.z1.to(wide)
+    t = case.draws.t.to(wide)
 
     def velocity(z, sigma, cond):
         calls.append(cond)
@@ -426,9 +429,13 @@ def test_stochastic_steps_keep_the_marginal_of_the_path_but_simple(a, fraction, 
     """From a to b with v = z1 - z0:  z_hat = (1 - b) z0 + c1 z1 + c2 n.  It is distributed as the
     path at b where c1^2 + c2^2 = b^2: sde, cps; flow_sde to the second order in d = b - a."""
     b = a * fraction
-    d, r, angle = b - a, eta**2 / (1 - a), eta * math.pi / 2
+    d = b - a
+    r = eta**2 / (1 - a)
+    angle = eta * math.pi / 2
     z0, z1, n = torch.eye(3, dtype=torch.float64)[:, None]  # z_hat is then its coefficients
-    step = partial(rollout_step, (1 - a) * z0 + a * z1, z1 - z0, full((1,), a), full((1,), b))
+    z = (1 - a) * z0 + a * z1
+    v = z1 - z0
+    step = partial(rollout_step, z, v, full((1,), a), full((1,), b))
     for kind, c1, c2, excess in [
         ("sde", 0.0, b, 0),
         ("cps", b * math.cos(angle), b * math.sin(angle), 0),
@@ -476,7 +483,8 @@ def test_terms_equal_float64_ones_to_1e5_whatever_the_models_dtype(dtype, output
     """Latents and outputs are multiples of 1/16, exact in any dtype. A float32 target is then off
     by some 4 * 2^-23 (|z0| + |z1| + |v|) / sigma_aux < 6e-6, as sigma_aux >= sigma(0.25) = 0.5."""
     shape, config = (64, 16, 8, 8), SoarConfig(1.0, 6, 2, num_sampling_steps=4, t_min=0.25)
-    z0, cond, uncond = ((16 * randn(i, *shape)).round() / 16 for i in range(3))
+    tensors = [16 * randn(i, *shape) for i in range(3)]
+    z0, cond, uncond = (x.round() / 16 for x in tensors)
     draws = draw(shape, config, rng(3))
 
     def results(own):
