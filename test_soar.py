@@ -83,7 +83,8 @@ class Case:
         part, d = copy.copy(self), self.draws
         part.z0, part.cond = self.z0[index], self.cond[index]
         stacked = [x if x is None else x[:, index] for x in (d.path_noise, d.path_z1)]
-        part.draws = Draws(d.z1[index], d.t[index], d.u[:, :, index], *stacked)
+        z1, t, u = d.z1[index], d.t[index], d.u[:, :, index]
+        part.draws = Draws(z1, t, u, *stacked)
         return part
 
     def arguments(self, velocity=None):
@@ -381,7 +382,8 @@ def reference_points(case, b):
 
     t_next = t - 1 / c.num_sampling_steps
     end = max(t_next, c.t_min)
-    sigma, sigma_next = (c.shift * x / (1 + (c.shift - 1) * x) for x in (t, end))
+    sigma = c.shift * t / (1 + (c.shift - 1) * t)
+    sigma_next = c.shift * end / (1 + (c.shift - 1) * end)
     z = (1 - sigma) * z0 + sigma * z1
     yield point(z, z1 - z0, sigma, True)
     v_cond = predict(z, sigma, cond).detach()
