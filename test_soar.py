@@ -349,7 +349,8 @@ def test_forwards_are_one_and_one_without_a_prompt_and_m_n(case, order, grad):
 def reference_step(kind, z, v, n, sigma, sigma_next, config):
     """From sigma to sigma_next by the formulas of section 2.2, for one sample."""
     d, eta, shift = sigma_next - sigma, config.sde_noise_scale, config.shift
-    clean, noise = z - sigma * v, z + (1 - sigma) * v
+    clean = z - sigma * v
+    noise = z + (1 - sigma) * v
     if kind == "ode":
         return z + d * v
     if kind == "simple":
@@ -484,7 +485,8 @@ def test_state_functions_compute_in_float32_or_better_with_gradients(function, n
 def test_terms_equal_float64_ones_to_1e5_whatever_the_models_dtype(dtype, output):
     """Latents and outputs are multiples of 1/16, exact in any dtype. A float32 target is then off
     by some 4 * 2^-23 (|z0| + |z1| + |v|) / sigma_aux < 6e-6, as sigma_aux >= sigma(0.25) = 0.5."""
-    shape, config = (64, 16, 8, 8), SoarConfig(1.0, 6, 2, num_sampling_steps=4, t_min=0.25)
+    shape = (64, 16, 8, 8)
+    config = SoarConfig(1.0, 6, 2, num_sampling_steps=4, t_min=0.25)
     tensors = [16 * randn(i, *shape) for i in range(3)]
     z0, cond, uncond = (x.round() / 16 for x in tensors)
     draws = draw(shape, config, rng(3))
@@ -539,7 +541,9 @@ def test_draws_equal_their_recipe_whatever_the_defaults_of_torch(shape, config, 
 def test_terms_read_no_value_of_a_tensor_on_another_device():
     """To read one is an error on the meta device, which has none; on a GPU it would stall."""
     case = Case((2, 3), SoarConfig(num_rollout_paths=2), 0)
-    case.model, case.z0, case.cond = (x.to("meta") for x in (case.model, case.z0, case.cond))
+    case.model = case.model.to("meta")
+    case.z0 = case.z0.to("meta")
+    case.cond = case.cond.to("meta")
     case.draws = Draws(*(x if x is None else x.to("meta") for x in case.draws))
     assert len(list(case.terms())) == 1 + 2 * 6
 
