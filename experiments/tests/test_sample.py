@@ -1131,6 +1131,7 @@ def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeyp
         original(self, backend="aot_eager", **kwargs)  # the default builds kernels for 40 s
 
     monkeypatch.setattr(SD3Transformer2DModel, "compile", spy)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
     config = SD3Transformer2DModel.load_config(BASE / "transformer")
     torch.manual_seed(0)
     model = SD3Transformer2DModel.from_config(config | {"num_layers": 1})
@@ -1140,8 +1141,9 @@ def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeyp
     assert not calls
     torch._dynamo.utils.counters.clear()
     compiled = run(tmp_path / "b", compile=True, **flags)
-    # One size at a time: a kernel for any size would depend on the sizes that came before.
-    assert calls == [{"dynamic": False}]
+    # No graphs of another transformer, and one size at a time: a kernel for any size would depend
+    # on the sizes that came before.
+    assert calls == ["reset", {"dynamic": False}]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert np.abs(pixels(eager / FIRST) - pixels(compiled / FIRST)).max() <= 1
 
