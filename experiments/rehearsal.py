@@ -145,7 +145,8 @@ def parts(blocks: int | None) -> list[Part]:
         t5 = t5 | {"d_model": 256, "d_ff": 640, "num_layers": blocks, "num_heads": 4}
         vae = vae | {"block_out_channels": (32, 32, 32, 32)}
         shard = 17 * 10**6  # T5's embeddings, then its blocks
-    diffusers_file, file = "diffusion_pytorch_model{suffix}.safetensors", "model{suffix}.safetensors"
+    file = "model{suffix}.safetensors"
+    diffusers_file = "diffusion_pytorch_" + file
     clip = CLIPTextModelWithProjection
     return [
         Part("transformer", SD3Transformer2DModel, transformer, diffusers_file, shard),
