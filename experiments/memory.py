@@ -11,7 +11,7 @@ cannot show: CUDA's context (0.5 GB or so), what the allocator reserves beyond w
 buffers, and workspaces of cuBLAS and cuDNN.
 
 The tensors are on a fake CPU, as torch takes no backward on a fake GPU where there is no real one.
-Two things differ there. Autocast on CUDA keeps layer norms in float32: CudaAutocast does the same,
+Two things differ there. Autocast on CUDA keeps layer norms in float32: cuda_autocast does the same,
 and `forward` shows that with it a forward leaves the same bytes as on a fake GPU. DDP is written in
 C++ and takes no fake tensors: in its place gradients are there from the start, as its buckets are,
 and the process group is torch's fake one.
@@ -41,7 +41,6 @@ from diffusers import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -104,13 +103,16 @@ WAYS = [
 ]
 
 
-class CudaAutocast(TorchFunctionMode):
+def cuda_autocast() -> contextlib.AbstractContextManager:
     """In a CPU's autocast, layer norms in float32, as in CUDA's (ATen/autocast_mode.h)."""
+    own = F.layer_norm
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.layer_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
-        return function(*args, **(kwargs or {}))
+    def layer_norm(x: Tensor, *args) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x, *args = (y.float() if isinstance(y, Tensor) else y for y in (x, *args))
+        return own(x, *args)
+
+    return mock.patch.object(F, "layer_norm", layer_norm)
 
 
 class Tracker(MemTracker):
@@ -318,7 +320,7 @@ def ladder(args: Args) -> list[dict]:
     computed = computed_totals() if args.blocks is None else {}
     rows = []
     for way in WAYS:
-        row = measure(args, way, CudaAutocast())
+        row = measure(args, way, cuda_autocast())
         row["cpu_autocast"] = measure(args, way, contextlib.nullcontext())["total"]
         if way.flags in computed:
             row["computed"] = computed[way.flags]
@@ -329,7 +331,7 @@ def ladder(args: Args) -> list[dict]:
 
 
 def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> Tensor:
-    """F.scaled_dot_product_attention as on a GPU in bf16, which is asked there which kernel fits."""
+    """F.scaled_dot_product_attention as on a GPU in bf16; there it depends on the GPU."""
     q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     return kernel(q, k, v, dropout_p, is_causal)[0]
@@ -340,12 +342,12 @@ def left_by_forward(args: Args, device: torch.device) -> int:
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             common = torch.cuda.amp.common  # else autocast turns itself off without a GPU
-            change = {"amp_definitely_not_available": lambda: False}
-            stack.enter_context(mock.patch.multiple(common, **change))
-            change = {"is_bf16_supported": lambda: True}
-            stack.enter_context(mock.patch.multiple(torch.cuda, **change))
-            change = {"scaled_dot_product_attention": flash_attention}
-            stack.enter_context(mock.patch.multiple(F, **change))
+            for owner, name, value in (
+                (common, "amp_definitely_not_available", lambda: False),
+                (torch.cuda, "is_bf16_supported", lambda: True),
+                (F, "scaled_dot_product_attention", flash_attention),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, value))
         transformer = empty_models(args.blocks)["transformer"].requires_grad_(True).train()
         config = transformer.config
         stack.enter_context(FakeTensorMode())
@@ -372,7 +374,7 @@ def left_by_forward(args: Args, device: torch.device) -> int:
 def forward(args: Args) -> dict[str, int]:
     """left_by_forward by device and rules of autocast."""
     found = {"fake CPU": left_by_forward(args, CPU)}
-    with CudaAutocast():
+    with cuda_autocast():
         found["fake CPU, layer norms in float32"] = left_by_forward(args, CPU)
     if torch.version.cuda:
         found["fake GPU"] = left_by_forward(args, torch.device("cuda"))

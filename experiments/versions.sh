@@ -46,7 +46,7 @@ train_and_sample() {
         return
     fi
     # shellcheck disable=SC2086
-    "$work/env/bin/python" train.py $model --dataset experiments/shapes_data/train --resolution 64 \
+    "$work/env/bin/python" train.py $model --dataset experiments/shapes_data/train.parquet --resolution 64 \
         --output_dir "$out/train" --max_train_steps 3 --logging_steps 1 >"$work/log" 2>&1
     status=$?
     tail -1 "$out/train/metrics.jsonl" 2>/dev/null | cut -d, -f1,2 | tr -d '{"' >>"$work/log"

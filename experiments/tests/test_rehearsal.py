@@ -2,10 +2,7 @@
 process group of eight ranks; a step on fake tensors, where reading a value raises."""
 
 import contextlib
-import dataclasses
-import json
-import shutil
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -17,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 import sample
 import train
 from experiments import memory, rehearsal
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH
-from soar import SoarConfig
+from experiments.tests.common import copy_pairs, train_args
 
 WORLD = 8
 
@@ -65,111 +61,79 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@dataclasses.dataclass
-class Seen:
-    """What a rank did in its first step."""
+class Rank:
+    """train.train up to the end of its first step, as one rank of a fake process group: what it was
+    given, its gradients, and what its collectives sent in each call of train.py's functions."""
 
-    captions: list
-    sigmas: list
-    gradients: dict
-    sums: torch.Tensor
-    sent: dict  # collectives by function of train.py, one list per call
+    def __init__(self, rank: int, world: int, args: train.Args):
+        self.rank, self.world = rank, world
+        self.captions, self.t, self.gradients, self.sums = [], [], [], None
+        self.sent = {"backward": [], "clip_gradients": [], "any_signal": []}
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(dist, "new_group", lambda **_: None)
+            monkeypatch.setattr(train, "init_distributed", self.init_distributed)
+            monkeypatch.setattr(train, "make_ddp", partial(self.make_ddp, train.make_ddp))
+            for name in (*self.sent, "encode_prompts", "soar_terms"):
+                note = partial(getattr(self, name), getattr(train, name))
+                monkeypatch.setattr(train, name, note)
+            with pytest.raises(Stop), contextlib.ExitStack() as stack:
+                stack.callback(dist.destroy_process_group)
+                train.train(args, stack)
 
+    def init_distributed(self) -> tuple[int, int, torch.device]:
+        group = {"store": FakeStore(), "rank": self.rank, "world_size": self.world}
+        dist.init_process_group("fake", **group)
+        return self.rank, self.world, torch.device("cpu")
 
-def first_step(rank: int, world: int, output_dir: Path, data: Path, monkeypatch, **flags) -> Seen:
-    """train.train up to the end of its first step, as one rank of a fake process group."""
-    seen = Seen([], [], {}, torch.zeros(5, 4), {"backward": [], "clip_gradients": [], "any_signal": []})
+    def make_ddp(self, original, transformer):
+        """DDP sends its buckets by a hook: the fake group's own answer is none that it takes."""
+        ddp = original(transformer)
 
-    def init_distributed():
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        return rank, world, torch.device("cpu")
-
-    def make_ddp(transformer):
-        """DDP sends a bucket by this hook: the fake group's answer, None, is not what it expects."""
         def send(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             dist.all_reduce(bucket.buffer())
             done = torch.futures.Future()
-            done.set_result(bucket.buffer().div_(world))
+            done.set_result(bucket.buffer().div_(self.world))
             return done
 
-        ddp = original_ddp(transformer)
         ddp.register_comm_hook(None, send)
         return ddp
 
-    original_ddp = train.make_ddp
+    def noted(self, name: str, original, *args):
+        with Sent() as sent:
+            result = original(*args)
+        self.sent[name].append(sent.calls)
+        return result
 
-    def noted(name: str, before=None, after=None) -> None:
-        original = getattr(train, name)
+    def backward(self, original, *args) -> None:
+        self.noted("backward", original, *args)
 
-        def changed(*args, **kwargs):
-            if before is not None:
-                before(*args, **kwargs)
-            with Sent() as sent:
-                result = original(*args, **kwargs)
-            seen.sent.setdefault(name, []).append(sent.calls)
-            if after is not None:
-                after(*args, **kwargs)
-            return result
+    def clip_gradients(self, original, parameters, max_norm, sums) -> None:
+        self.gradients = [x.grad.clone() for x in parameters]
+        self.sums = sums.clone()
+        self.noted("clip_gradients", original, parameters, max_norm, sums)
 
-        monkeypatch.setattr(train, name, changed)
-
-    def stop(*args) -> None:
+    def any_signal(self, original, *args) -> int:
+        self.noted("any_signal", original, *args)
         raise Stop
 
-    def keep(parameters, max_norm, sums) -> None:
-        seen.gradients = {i: x.grad.clone() for i, x in enumerate(parameters)}
-        seen.sums = sums.clone()
+    def encode_prompts(self, original, pipe, texts, length):
+        self.captions.append(texts)
+        return original(pipe, texts, length)
 
-    with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(train, "init_distributed", init_distributed)
-        monkeypatch.setattr(dist, "new_group", lambda **_: None)
-        noted("backward")
-        noted("clip_gradients", before=keep)
-        noted("any_signal", after=stop)
-        noted("encode_prompts", before=lambda pipe, texts, length: seen.captions.append(texts))
-        monkeypatch.setattr(train, "make_ddp", make_ddp)
-        terms = train.soar_terms
-
-        def soar_terms(velocity, z0, draws, *args, **kwargs):
-            seen.sigmas += draws.t.tolist()
-            return terms(velocity, z0, draws, *args, **kwargs)
-
-        monkeypatch.setattr(train, "soar_terms", soar_terms)
-        args = train.Args(
-            dataset=str(data), output_dir=output_dir, resolution=64,
-            pretrained_model_name_or_path=str(DATA / "model"),
-            training=train.TrainingConfig(
-                mixed_precision="no", max_sequence_length=MAX_SEQUENCE_LENGTH, **flags
-            ),
-            soar=SoarConfig(num_aux_points=1),
-            rest=train.RestConfig(dataloader_num_workers=0),
-        )  # fmt: skip
-        with pytest.raises(Stop), contextlib.ExitStack() as stack:
-            try:
-                train.train(args, stack)
-            finally:
-                dist.destroy_process_group()
-    return seen
+    def soar_terms(self, original, velocity, z0, draws, *args, **kwargs):
+        self.t += draws.t.tolist()
+        return original(velocity, z0, draws, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """(one process, eight ranks) on the same global batch of 16, in two accumulated halves."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "pairs").mkdir()
-    lines = (DATA / "train/metadata.jsonl").read_text().splitlines(keepends=True)[:20]
-    (folder / "pairs/metadata.jsonl").write_text("".join(lines))
-    for line in lines:
-        shutil.copy(DATA / "train" / json.loads(line)["file_name"], folder / "pairs")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        two = {"gradient_accumulation_steps": 2}
-        common = (folder / "pairs", monkeypatch)
-        one = first_step(0, 1, folder / "one", *common, train_batch_size=WORLD, **two)
-        eight = []
-        for rank in range(WORLD):
-            made = first_step(rank, WORLD, folder / "eight", *common, train_batch_size=1, **two)
-            eight.append(made)
-    return one, eight
+    pairs = copy_pairs(range(20), folder / "pairs.parquet")
+    flags = {"dataset": pairs, "gradient_accumulation_steps": 2, "num_aux_points": 1}
+    one = train_args(output_dir=folder / "one", train_batch_size=WORLD, **flags)
+    eight = train_args(output_dir=folder / "eight", train_batch_size=1, **flags)
+    return Rank(0, 1, one), [Rank(rank, WORLD, eight) for rank in range(WORLD)]
 
 
 def test_eight_ranks_share_out_the_pairs_and_draws_of_one_process(ranks):
@@ -178,13 +142,13 @@ def test_eight_ranks_share_out_the_pairs_and_draws_of_one_process(ranks):
     texts = [text for micro in (1, 2) for seen in eight for text in seen.captions[micro]]
     assert texts == [text for micro in (1, 2) for text in one.captions[micro]]
     assert len(set(texts)) > WORLD
-    t = [seen.sigmas[micro] for micro in (0, 1) for seen in eight]
-    assert t == one.sigmas and len(set(t)) == 2 * WORLD
+    t = [seen.t[micro] for micro in (0, 1) for seen in eight]
+    assert t == one.t and len(set(t)) == 2 * WORLD
 
 
 def test_gradients_of_eight_ranks_add_up_to_those_of_one_process(ranks):
     one, eight = ranks
-    for i, expected in one.gradients.items():
+    for i, expected in enumerate(one.gradients):
         found = sum(seen.gradients[i] for seen in eight)  # DDP has divided each by 8
         # Two orders of a float32 sum over 16 samples and their tokens.
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
@@ -197,7 +161,7 @@ def test_each_gradient_is_sent_once_a_step(ranks):
     for seen in eight:
         first, last = seen.sent["backward"]
         assert first == []  # accumulated only
-        size = sum(x.nbytes for x in seen.gradients.values())
+        size = sum(x.nbytes for x in seen.gradients)
         assert {name for name, _ in last} == {"allreduce_"}
         assert sum(sent for _, sent in last) == size
         assert seen.sent["clip_gradients"] == [[("allreduce_", 5 * 4 * 8)]]
@@ -225,7 +189,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_nccl(monkeypatch):
 
 def test_a_step_reads_no_value_and_casts_each_weight_once():
     way = memory.Way(gradient_checkpointing=True)
-    row = memory.measure(memory.Args(blocks=1), way, memory.CudaAutocast())  # a value read raises
+    row = memory.measure(memory.Args(blocks=1), way, memory.cuda_autocast())  # a value read raises
     assert row["casts_per_step"] == pytest.approx(row["bf16_copies"], rel=0.01)
     assert row["moments"] == pytest.approx(2 * 4 * row["trained"], rel=0.01)
     assert row["gradients"] == 4 * row["trained"]
