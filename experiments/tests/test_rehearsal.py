@@ -2,7 +2,9 @@
 process group of eight ranks; a step on fake tensors, where reading a value raises."""
 
 import contextlib
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +184,17 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_nccl(monkeypatch):
     assert calls[0] == torch.device("cuda", 3)  # before nccl starts, which takes the current one
     backend, group = calls[1]
     assert (backend, group["rank"], group["world_size"]) == ("nccl", 11, 16)
+
+
+def test_table_of_cuda_lines_names_tests_that_exist():
+    table = (memory.RESULTS / "cuda_lines.md").read_text()
+    named = re.findall(r"`(test_\w+\.py) -k (\"[^\"]+\"|\w+)`", table)
+    assert len(named) > 20
+    for file, words in named:
+        folder = rehearsal.ROOT if file == "test_soar.py" else Path(__file__).parent
+        tests = re.findall(r"^def (test_\w+)", (folder / file).read_text(), re.MULTILINE)
+        for word in words.strip('"').split(" or "):
+            assert any(word in name for name in tests), f"{file} has no test -k {word}"
 
 
 # --- Fake tensors ---
