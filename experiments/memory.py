@@ -60,7 +60,6 @@ from soar import SoarConfig, draw, soar_terms
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-STEPS = 2  # AdamW's moments are there from the second on
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Args:
     what: Annotated[Literal["ladder", "forward"], tyro.conf.Positional] = "ladder"
     batch_size: int = 4
     """Images per GPU."""
-    num_aux_points: int = 2
+    num_aux_points: int = 1
     """N. One graph is alive at a time, so more points change nothing, and take longer."""
     blocks: int | None = None
     """Blocks per network, of a few channels, at 64 x 64 pixels; by default all, of their real
@@ -208,7 +207,8 @@ def empty_pipeline(models: dict[str, torch.nn.Module]) -> StableDiffusion3Pipeli
 
 
 def load(args: Args, way: Way):
-    """What train.set_up loads: (pipe, transformer, optimizer), with gradients as DDP has them."""
+    """What train.set_up loads: (pipe, transformer, optimizer), with gradients as DDP has them,
+    and moments as after a step."""
     with unset_fake_temporarily():
         models = empty_models(args.blocks)
         transformer = models.pop("transformer").train()
@@ -226,11 +226,13 @@ def load(args: Args, way: Way):
     trained = train.trained(transformer)
     for x in trained.values():
         x.grad = torch.zeros_like(x)
-    return pipe, transformer, train.make_optimizer(train.TrainingConfig(), trained, None)
+    optimizer = train.make_optimizer(train.TrainingConfig(), trained, None)
+    optimizer.step()  # the first makes AdamW's moments
+    return pipe, transformer, optimizer
 
 
-def steps(args: Args, way: Way, tracker: Tracker) -> tuple[Copies, int, int]:
-    """STEPS as train.train takes them, on fake tensors. Returns the copies of weights, the count of
+def step(args: Args, way: Way, tracker: Tracker) -> tuple[Copies, int, int]:
+    """A step as train.train takes it, on fake tensors. Returns the copies of weights, the count of
     trained parameters, and the bytes of the text encoders."""
     config = SoarConfig(num_aux_points=args.num_aux_points)
     pipe, transformer, optimizer = load(args, way)
@@ -246,16 +248,15 @@ def steps(args: Args, way: Way, tracker: Tracker) -> tuple[Copies, int, int]:
     tracker.track_external(transformer, optimizer, pipe.vae, *texts)
     with tracker, Copies(transformer.parameters()) as copies:
         uncond = encode_prompts(pipe, [""] * args.batch_size, 77)
-        for _ in range(STEPS):
-            sums = torch.zeros(5, 4, dtype=torch.float64)
-            z0 = encode_images(pipe, pixels, noise)
-            cond = encode_prompts(pipe, ["picture"] * args.batch_size, 77)
-            part = train.take(draws, slice(None), CPU)
-            terms = soar_terms(velocity, z0, part, cond, uncond, config, normalizer=1.0)
-            train.backward(terms, train.count_terms(config), ddp, sums, True)
-            train.clip_gradients(parameters, 1.0, sums)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+        sums = torch.zeros(5, 4, dtype=torch.float64)
+        z0 = encode_images(pipe, pixels, noise)
+        cond = encode_prompts(pipe, ["picture"] * args.batch_size, 77)
+        part = train.take(draws, slice(None), CPU)
+        terms = soar_terms(velocity, z0, part, cond, uncond, config, normalizer=1.0)
+        train.backward(terms, train.count_terms(config), ddp, sums, True)
+        train.clip_gradients(parameters, 1.0, sums)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
     encoders = sum(x.nbytes for model in texts for x in model.parameters())
     return copies, sum(x.numel() for x in parameters), encoders
 
@@ -276,7 +277,7 @@ def measure(args: Args, way: Way, rules: contextlib.AbstractContextManager) -> d
     """Peak bytes while a step runs, in all and by what they are. rules: of autocast."""
     tracker = Tracker()
     with faked(), rules:
-        copies, trained, encoders = steps(args, way, tracker)
+        copies, trained, encoders = step(args, way, tracker)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     found = {str(getattr(key, "value", key)): size for key, size in peak.items()}
     if way.encoders_on_cpu:  # one device stands for both
@@ -285,7 +286,7 @@ def measure(args: Args, way: Way, rules: contextlib.AbstractContextManager) -> d
     row = {"flags": way.flags, "trained": trained, "total": found["Total"]}
     row["weights"] = found["Parameter"] + found["Buffer"]
     row["bf16_copies"] = copies.peak
-    row["casts_per_step"] = copies.made / STEPS
+    row["casts_per_step"] = copies.made
     row["gradients"] = found["Gradient"]
     row["moments"] = found["Optstate"]
     row["activations"] = found["Activation"] + found["Temp"] - copies.peak
