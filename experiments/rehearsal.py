@@ -308,12 +308,16 @@ def run(name: str, args: Args, words: list, kill_at: Path | None = None) -> Row:
     env = os.environ | env | {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env)
     own, pid = 0, 0
-    while pid == 0:
-        time.sleep(0.005)
-        own = max(own, own_memory(process.pid))
-        if kill_at is not None and kill_at.exists():
-            os.kill(process.pid, signal.SIGKILL)
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    try:
+        while pid == 0:
+            time.sleep(0.005)
+            own = max(own, own_memory(process.pid))
+            if kill_at is not None and kill_at.exists():
+                os.kill(process.pid, signal.SIGKILL)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    finally:
+        if pid == 0:  # interrupted
+            process.kill()
     process.returncode = os.waitstatus_to_exitcode(status)
     expected = 0 if kill_at is None else -signal.SIGKILL
     assert process.returncode == expected, f"{name} ended with {process.returncode}"
