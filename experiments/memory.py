@@ -60,6 +60,11 @@ from soar import SoarConfig, draw, soar_terms
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
+NOTES = (
+    "Computed: by `python -m experiments.step_cost fit`, whose autocast is a CPU's: to be compared",
+    "with the column before it. The first column has CUDA's autocast, which keeps layer norms in",
+    "float32. Activations include temporaries of the backward, and with LoRA what is cast of it.",
+)
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,7 @@ def as_table(made: dict) -> str:
         cells = [f"{row[name] / 1e9:.2f}" if name in row else "" for name in names]
         ratio = f"{row['total'] / row['computed']:.3f}" if "computed" in row else ""
         lines.append(f"| `{row['flags']}` | " + " | ".join([*cells, ratio]) + " |")
+    lines += ["", *NOTES]
     return "\n".join(lines) + "\n"
 
 
