@@ -269,6 +269,11 @@ class Row:
     written: str
     end: str
 
+    def line(self) -> str:
+        """A line of the table."""
+        peaks = f"{self.peak / 2**30:.2f} | {self.peak_own / 2**30:.2f}"
+        return f"| {self.name} | {self.end} | {self.seconds:.0f} | {peaks} | {self.written} |"
+
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below a folder, links left out."""
@@ -324,7 +329,9 @@ def run(name: str, args: Args, words: list, kill_at: Path | None = None) -> Row:
     seconds, peak = time.perf_counter() - start, 1024 * usage.ru_maxrss
     assert own < MEMORY, f"{name} took {own / 2**30:.1f} GiB, more than {MEMORY / 2**30:.0f}"
     end = "killed" if kill_at else "exit 0"
-    return Row(name, seconds, peak, own, new_files(args.output_dir, before), end)
+    row = Row(name, seconds, peak, own, new_files(args.output_dir, before), end)
+    print(row.line(), flush=True)
+    return row
 
 
 def train_words(args: Args, output_dir: Path) -> list:
@@ -474,9 +481,7 @@ def as_table(rows: list[Row], args: Args, remark: str) -> str:
     lines = [f"{date}, commit {commit or 'unknown'}, {size}, {os.cpu_count()} cores, no GPU.", ""]
     lines += ["| command | ends | seconds | peak GiB | without files' pages | written |"]
     lines += ["| --- | --- | ---: | ---: | ---: | --- |"]
-    for row in rows:
-        peaks = f"{row.peak / 2**30:.2f} | {row.peak_own / 2**30:.2f}"
-        lines.append(f"| {row.name} | {row.end} | {row.seconds:.0f} | {peaks} | {row.written} |")
+    lines += [row.line() for row in rows]
     total = sum(row.seconds for row in rows)
     return "\n".join([*lines, "", f"{total / 60:.1f} minutes in all. {remark}.", ""])
 
