@@ -1,10 +1,9 @@
 """check_port passes right ports for every bound and shift, and names each mistake of a table.
 
-    python -m experiments.tests.test_check_port     # writes the table of recipes.md anew
+The table is part of recipes.md, which test_recipes.py keeps.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 
 import soar
 from experiments.check_port import check_port
-
-RECIPES = Path(__file__).parents[1] / "recipes.md"
 
 # As someone may write it who has read the paper and not soar.py.
 PORT = '''
@@ -174,7 +171,3 @@ def table() -> str:
     for mistake, (old, new, _) in MISTAKES.items():
         rows.append(f"| {mistake} | {message_of(made(PORT.replace(old, new)))} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -2,11 +2,12 @@
 
     python -m experiments.tests.test_recipes        # writes the tables of recipes.md anew
 
-A block is executed as it stands, among names that its trainer would have at that place. That trainer's own loss is
-written here as the trainer has it, and that of the block with lambda_aux = 0 must equal it, with all gradients; the
-block's rollout must be the first step of diffusers' pipeline.
+A block is pasted as it stands into a stub of the trainer, which has only the names that the trainer has
+at that place. With lambda_aux = 0 it must equal the stub's own loss; the rollout must be the first step
+of diffusers' pipeline. The trainers' real code is run by `python -m experiments.run_recipes`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -14,6 +15,8 @@ import math
 import re
 import shlex
 import sys
+import textwrap
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,27 +29,35 @@ import tyro
 from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 import sample
 import soar
 import train
 from experiments import check_velocity as check_velocity_module
 from experiments.check_velocity import check_velocity
+from experiments.run_recipes import blocks as blocks_by_heading
+from experiments.run_recipes import edited
 from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, read_pairs
+from experiments.tests import test_check_port
 from experiments.tests.common import ROOT
 from sample import encode_images, encode_prompts, load_pipeline, load_transformer
 
@@ -81,525 +92,854 @@ def per_sample(sigma, like):
     return sigma.view(-1, *[1] * (like.ndim - 1))
 
 
-# --- The trainers: names at the place where the loss is computed, their own loss, their pipeline ----------------------
+DIFFUSERS = "evaluation.md: From a checkpoint into diffusers"
 
 
-class Trainer:
-    """The names a block may use, with a small random model. own_loss(names, draws, sigma): the trainer's loss, from
-    the block's random numbers. first_step(z1): diffusers' pipeline from z1 to its second noise level."""
+# --- diffusers' scripts: a stub has the names that a script has at each place, and its own loss ---
 
-    def __init__(self):
+STUB = '''
+def main(args, accelerator, transformer, model_input, indices, noise_scheduler_copy, {names}):
+    # Handle class prompt for prior-preservation.
+    for epoch in range(1):
+        for step in range(1):
+            with accelerator.accumulate(transformer):
+                # Sample noise that we'll add to the latents
+                noise = torch.randn_like(model_input)
+                bsz = model_input.shape[0]
+                timesteps = noise_scheduler_copy.timesteps[indices]
+                # Add noise according to flow matching.
+                sigmas = noise_scheduler_copy.sigmas[indices].to(model_input.dtype)
+                sigmas = sigmas.view(-1, *[1] * (model_input.ndim - 1))
+                noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+{own}
+                weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
+                target = noise - model_input
+                if getattr(args, "precondition_outputs", 0):
+                    model_pred, target = model_pred * (-sigmas) + noisy_model_input, model_input
+                error = weighting.float() * (model_pred.float() - target.float()) ** 2
+                if args.with_prior_preservation:
+                    error, error_prior = torch.chunk(error, 2, dim=0)
+                loss = error.mean()
+                if args.with_prior_preservation:
+                    loss = loss + args.prior_loss_weight * error_prior.mean()
+                accelerator.backward(loss)
+            logs = {{"loss": loss.detach().item()}}
+    return locals()
+'''
+
+
+class Script:
+    """A small random model of the script's class; the names at the place of the loss; the script's
+    own forward; first_step(z1): diffusers' pipeline from z1 to its second noise level."""
+
+    shift = {"shift": 3.0}
+    imports: dict = {}
+
+    def __init__(self, dtype=torch.float32):
         torch.manual_seed(0)
         self.model = self.build()
-        for parameter in self.model.parameters():  # a fresh model has zeros here, which would hide mistakes
+        for parameter in self.model.parameters():  # zeros of a fresh model would hide mistakes
             if parameter.dim() < 2:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
-        self.names = {
-            "math": math, "torch": torch, "transformer": self.model, "generator": rng(3), "weight_dtype": torch.float32,
-            "accelerator": SimpleNamespace(backward=lambda loss: loss.backward()),
-        } | self.given()  # fmt: skip
+        self.model.to(dtype)
+        self.scheduler = FlowMatchEulerDiscreteScheduler(**self.shift)
+        self.names = self.given()
+        self.model_input = self.names.pop("model_input").to(dtype)
+
+    def main(self, text, *, accelerator=None, **args):
+        """The local names of the script's main, with the recipe pasted by `edited`."""
+        defaults = {"weighting_scheme": "none", "with_prior_preservation": False, "seed": None}
+        defaults |= {"prior_loss_weight": 0.5, "guidance_scale": 1.0, "offload": False}
+        args = SimpleNamespace(**(defaults | {"precondition_outputs": 0} | args))
+        module = {"math": math, "torch": torch} | self.imports
+        module["compute_loss_weighting_for_sd3"] = compute_loss_weighting_for_sd3
+        exec(compile(text, "script", "exec"), module)
+        indices = torch.tensor([10, 950])  # a noisy and a clean level
+        given = (accelerator or Plain(), self.model, self.model_input, indices, self.scheduler)
+        torch.manual_seed(1)
+        return module["main"](args, *given, **self.names)
+
+    @classmethod
+    def stub(cls):
+        own = textwrap.indent(textwrap.dedent(cls.own).strip(), " " * 16)
+        return STUB.format(names=", ".join(cls().names), own=own)
 
 
-class SD3(Trainer):
-    precondition = 0
+class Plain:
+    """What a script calls of accelerate's Accelerator, on one process."""
+
+    device, process_index = torch.device("cpu"), 0
+
+    def __init__(self, steps: int = 1):
+        self.steps = steps
+
+    def accumulate(self, *_):
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        (loss / self.steps).backward()
+
+
+class SD3(Script):
+    own = """
+        model_pred = transformer(
+            hidden_states=noisy_model_input, timestep=timesteps,
+            encoder_hidden_states=prompt_embeds, pooled_projections=pooled_prompt_embeds,
+            return_dict=False,
+        )[0]
+    """
+    heading = "Stable Diffusion 3"
 
     def build(self):
         return SD3Transformer2DModel(
-            sample_size=8, in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+            sample_size=8, in_channels=16, num_layers=1, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16,
+            pooled_projection_dim=8, pos_embed_max_size=8,
         )  # fmt: skip
 
     def given(self):
-        cond, uncond = ([randn(i, BATCH, 5, 8), randn(i + 1, BATCH, 8)] for i in (10, 12))
-        self.z0, self.scheduler = randn(1, BATCH, 16, 8, 8), FlowMatchEulerDiscreteScheduler(shift=3.0)
-        keys = ("encoder_hidden_states", "pooled_projections")
+        self.empty = randn(12, 1, 5, 8), randn(13, 1, 8)
+        dtype = self.model.dtype
         return {
-            "model_input": self.z0, "noise_scheduler_copy": self.scheduler,
-            "args": SimpleNamespace(precondition_outputs=self.precondition),
-            "prompt_embeds": cond[0], "pooled_prompt_embeds": cond[1],
-            "empty_embeds": uncond[0], "empty_pooled_embeds": uncond[1],
-            # the README's blocks have these
-            "device": "cpu", "seed": 0, "rank": 0,
-            "z0": self.z0, "cond": dict(zip(keys, cond)), "uncond": dict(zip(keys, uncond)),
+            "model_input": randn(1, BATCH, 16, 8, 8), "prompt_embeds": randn(10, BATCH, 5, 8).to(dtype),
+            "pooled_prompt_embeds": randn(11, BATCH, 8).to(dtype), "text_encoders": [], "tokenizers": [],
+            "compute_text_embeddings": lambda prompt, *_: tuple(x.to(dtype) for x in self.empty),
         }  # fmt: skip
 
-    def own_loss(self, names, draws, sigma):
-        """diffusers' train_dreambooth_sd3.py, at the scheduler's timestep that is nearest to sigma."""
-        model_input, noise, scheduler = names["model_input"], draws.z1, self.scheduler
-        indices = (scheduler.sigmas[None] - sigma[:, None]).abs().argmin(1)
-        timesteps, sigmas = scheduler.timesteps[indices], scheduler.sigmas[indices].flatten().view(-1, 1, 1, 1)
-        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
-        model_pred = self.model(
-            hidden_states=noisy_model_input,
-            timestep=timesteps,
-            encoder_hidden_states=names["prompt_embeds"],
-            pooled_projections=names["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
-        if self.precondition:
-            model_pred = model_pred * (-sigmas) + noisy_model_input
-        target = model_input if self.precondition else noise - model_input
-        loss = torch.mean(((model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1), 1)
-        return loss.mean()
-
     def first_step(self, z1):
-        n = self.names
+        n, (empty, pooled) = self.names, self.empty
         pipe = StableDiffusion3Pipeline(self.model, self.scheduler, *[None] * 7)
         return pipeline_step(
-            pipe, z1, prompt_embeds=n["prompt_embeds"], pooled_prompt_embeds=n["pooled_prompt_embeds"],
-            negative_prompt_embeds=n["empty_embeds"], negative_pooled_prompt_embeds=n["empty_pooled_embeds"],
+            pipe, z1, 40, prompt_embeds=n["prompt_embeds"],
+            pooled_prompt_embeds=n["pooled_prompt_embeds"],
+            negative_prompt_embeds=empty.expand(BATCH, -1, -1),
+            negative_pooled_prompt_embeds=pooled.expand(BATCH, -1),
             guidance_scale=4.5, height=64, width=64,
         )  # fmt: skip
 
 
-class PreconditionedSD3(SD3):
-    precondition = 1
+class Flux(Script):
+    own = """
+        guidance = torch.tensor([args.guidance_scale]).expand(bsz)
+        model_pred = transformer(
+            hidden_states=FluxPipeline._pack_latents(noisy_model_input, *model_input.shape),
+            timestep=timesteps / 1000, guidance=guidance, pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds, txt_ids=text_ids, img_ids=latent_image_ids,
+            return_dict=False,
+        )[0]
+        model_pred = FluxPipeline._unpack_latents(model_pred, 64, 64, vae_scale_factor=8)
+    """
+    heading, imports = "Flux.1", {"FluxPipeline": FluxPipeline}
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
-
-class Flux(Trainer):
     def build(self):
         return FluxTransformer2DModel(
-            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=8, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
+            guidance_embeds=True, axes_dims_rope=(4, 6, 6),
         )  # fmt: skip
 
     def given(self):
-        self.latents = randn(1, BATCH, 16, 8, 8)
-        self.z0 = FluxPipeline._pack_latents(self.latents, *self.latents.shape).float()  # the block's comment
+        dtype = self.model.dtype
+        ids = FluxPipeline._prepare_latent_image_ids(BATCH, 4, 4, "cpu", dtype)
         return {
-            "model_input": self.latents, "z0": self.z0, "mu": calculate_shift(16),
-            "args": SimpleNamespace(guidance_scale=1.0), "text_ids": torch.zeros(5, 3),
-            "latent_image_ids": FluxPipeline._prepare_latent_image_ids(BATCH, 4, 4, "cpu", torch.float32),
-            "prompt_embeds": randn(10, BATCH, 5, 8), "pooled_prompt_embeds": randn(11, BATCH, 8),
+            "model_input": randn(1, BATCH, 16, 8, 8), "prompt_embeds": randn(10, BATCH, 5, 8).to(dtype),
+            "pooled_prompt_embeds": randn(11, BATCH, 8).to(dtype), "text_ids": torch.zeros(5, 3),
+            "latent_image_ids": ids,
         }  # fmt: skip
-
-    def own_loss(self, names, draws, sigma):
-        """diffusers' train_dreambooth_flux.py."""
-        model_input, sigmas, timesteps = self.latents, sigma.view(-1, 1, 1, 1), 1000 * sigma
-        noise = FluxPipeline._unpack_latents(draws.z1, height=64, width=64, vae_scale_factor=8)
-        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
-        packed_noisy_model_input = FluxPipeline._pack_latents(noisy_model_input, *model_input.shape)
-        guidance = torch.tensor([names["args"].guidance_scale]).expand(model_input.shape[0])
-        model_pred = self.model(
-            hidden_states=packed_noisy_model_input,
-            timestep=timesteps / 1000,
-            guidance=guidance,
-            pooled_projections=names["pooled_prompt_embeds"],
-            encoder_hidden_states=names["prompt_embeds"],
-            txt_ids=names["text_ids"],
-            img_ids=names["latent_image_ids"],
-            return_dict=False,
-        )[0]
-        model_pred = FluxPipeline._unpack_latents(model_pred, height=64, width=64, vae_scale_factor=8)
-        target = noise - model_input
-        loss = torch.mean(((model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1), 1)
-        return loss.mean()
 
     def first_step(self, z1):
         n = self.names
-        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), *[None] * 5, self.model)
+        pipe = FluxPipeline(self.scheduler, *[None] * 5, self.model)
         return pipeline_step(
-            pipe, z1, prompt_embeds=n["prompt_embeds"], pooled_prompt_embeds=n["pooled_prompt_embeds"],
-            guidance_scale=3.5, height=64, width=64,
+            pipe, z1, 28, prompt_embeds=n["prompt_embeds"], guidance_scale=3.5, height=64, width=64,
+            pooled_prompt_embeds=n["pooled_prompt_embeds"],
         )  # fmt: skip
 
 
-class Qwen(Trainer):
+class Flux2(Script):
+    own = """
+        guidance = torch.full([1], args.guidance_scale).expand(bsz)
+        model_pred = transformer(
+            hidden_states=Flux2Pipeline._pack_latents(noisy_model_input),
+            timestep=timesteps / 1000, guidance=guidance, encoder_hidden_states=prompt_embeds,
+            txt_ids=text_ids, img_ids=model_input_ids, return_dict=False,
+        )[0]
+        model_pred = Flux2Pipeline._unpack_latents_with_ids(model_pred, model_input_ids)
+    """
+    heading, imports, shift = "Flux.2", {"Flux2Pipeline": Flux2Pipeline}, Flux.shift
+
+    def build(self):
+        return Flux2Transformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=8, timestep_guidance_channels=256,
+            axes_dims_rope=[4, 4, 4, 4],
+        )  # fmt: skip
+
+    def given(self):
+        latents, text = randn(1, BATCH, 16, 4, 4), randn(10, BATCH, 5, 8).to(self.model.dtype)
+        return {
+            "model_input": latents, "prompt_embeds": text,
+            "text_ids": Flux2Pipeline._prepare_text_ids(text),
+            "model_input_ids": Flux2Pipeline._prepare_latent_ids(latents),
+        }  # fmt: skip
+
+    def first_step(self, z1):
+        """As the pipeline's loop, whose text encoder cannot be left out."""
+        n, mu = self.names, compute_empirical_mu(16, 50)
+        retrieve_timesteps(self.scheduler, 50, "cpu", sigmas=np.linspace(1.0, 1 / 50, 50), mu=mu)
+        t = self.scheduler.timesteps[0]
+        with torch.no_grad():
+            v = self.model(
+                hidden_states=z1, timestep=t.expand(BATCH) / 1000, guidance=torch.full((BATCH,), 4.0),
+                encoder_hidden_states=n["prompt_embeds"], txt_ids=n["text_ids"],
+                img_ids=n["model_input_ids"], return_dict=False,
+            )[0]  # fmt: skip
+        return self.scheduler.step(v, t, z1, return_dict=False)[0], self.scheduler.sigmas[1].item()
+
+
+def concat_prompt_embedding_batches(*pairs):
+    """The Qwen-Image script's own, for prompts of one length."""
+    return tuple(torch.cat(x) for x in zip(*pairs))
+
+
+def offload_models(*_, **__):
+    return contextlib.nullcontext()
+
+
+class Qwen(Script):
+    own = """
+        img_shapes = [(1, model_input.shape[3] // 2, model_input.shape[4] // 2)] * bsz
+        packed = QwenImagePipeline._pack_latents(
+            noisy_model_input.permute(0, 2, 1, 3, 4), bsz, model_input.shape[1], 8, 8
+        )
+        model_pred = transformer(
+            hidden_states=packed, encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states_mask=prompt_embeds_mask, timestep=timesteps / 1000,
+            img_shapes=img_shapes, return_dict=False,
+        )[0]
+        model_pred = QwenImagePipeline._unpack_latents(model_pred, 64, 64, 8)
+        del img_shapes
+    """
+    heading, imports = "Qwen-Image", {
+        "QwenImagePipeline": QwenImagePipeline, "offload_models": offload_models,
+        "concat_prompt_embedding_batches": concat_prompt_embedding_batches,
+    }  # fmt: skip
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
+
     def build(self):
         return QwenImageTransformer2DModel(
-            in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=8, axes_dims_rope=(4, 6, 6),
+            in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(4, 6, 6),
         )  # fmt: skip
 
     def given(self):
-        self.z0, mask = randn(1, BATCH, 16, 64), torch.ones(BATCH, 5, dtype=torch.bool)
+        dtype, mask = self.model.dtype, torch.ones(BATCH, 5, dtype=torch.bool)
         mask[0, 3:] = False
+        self.empty = randn(11, 1, 5, 8).to(dtype), torch.ones(1, 5, dtype=torch.bool)
         return {
-            "z0": self.z0, "mu": calculate_shift(16), "true_cfg_scale": 4.0, "img_shapes": [[(1, 4, 4)]] * BATCH,
-            "prompt_embeds": randn(10, BATCH, 5, 8), "prompt_embeds_mask": mask,
-            "negative_embeds": randn(11, BATCH, 5, 8), "negative_embeds_mask": mask.flip(0),
+            "model_input": randn(1, BATCH, 16, 1, 8, 8), "prompt_embeds": randn(10, BATCH, 5, 8).to(dtype),
+            "prompt_embeds_mask": mask, "text_encoding_pipeline": None,
+            "compute_text_embeddings": lambda prompt, pipeline: self.empty,
         }  # fmt: skip
 
-    def own_loss(self, names, draws, sigma):
-        """As diffusers' for Flux, on packed latents."""
-        sigmas = sigma.view(-1, 1, 1)
-        model_pred = self.model(
-            hidden_states=(1.0 - sigmas) * self.z0 + sigmas * draws.z1,
-            encoder_hidden_states=names["prompt_embeds"],
-            encoder_hidden_states_mask=names["prompt_embeds_mask"],
-            timestep=1000 * sigma / 1000,
-            img_shapes=names["img_shapes"],
-            return_dict=False,
+    def first_step(self, z1):
+        n, (empty, mask) = self.names, self.empty
+        pipe = QwenImagePipeline(self.scheduler, None, None, None, self.model)
+        return pipeline_step(
+            pipe, z1, 50, prompt_embeds=n["prompt_embeds"], true_cfg_scale=4.0, height=64, width=64,
+            prompt_embeds_mask=n["prompt_embeds_mask"],
+            negative_prompt_embeds=empty.expand(BATCH, -1, -1),
+            negative_prompt_embeds_mask=mask.expand(BATCH, -1),
+        )  # fmt: skip
+
+
+class ZImage(Script):
+    own = """
+        model_pred = transformer(
+            list(noisy_model_input.unsqueeze(2).unbind(dim=0)), (1000 - timesteps) / 1000,
+            prompt_embeds, return_dict=False,
         )[0]
-        return F.mse_loss(model_pred, draws.z1 - self.z0)
+        model_pred = -torch.stack(model_pred, dim=0).squeeze(2)
+    """
+    heading, imports = "Z-Image", {"offload_models": offload_models}
 
-    def first_step(self, z1):
-        n = self.names
-        pipe = QwenImagePipeline(
-            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, self.model
-        )
-        return pipeline_step(
-            pipe, z1, prompt_embeds=n["prompt_embeds"], prompt_embeds_mask=n["prompt_embeds_mask"],
-            negative_prompt_embeds=n["negative_embeds"], negative_prompt_embeds_mask=n["negative_embeds_mask"],
-            true_cfg_scale=4.0, height=64, width=64,
-        )  # fmt: skip
-
-
-class Wan(Trainer):
-    def build(self):
-        return WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=1,
-            rope_max_seq_len=32,
-        )  # fmt: skip
-
-    def given(self):
-        defaults = inspect.signature(diffusers.AutoencoderKLWan.__init__).parameters
-        config = SimpleNamespace(**{key: defaults[key].default for key in ("latents_mean", "latents_std")})
-        mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-        self.z0, self.scheduler = randn(1, BATCH, 16, 3, 4, 4), FlowMatchEulerDiscreteScheduler(shift=5.0)
-        return {
-            "latents": self.z0 * std + mean, "vae": SimpleNamespace(config=config), "flow_shift": 5.0,
-            "prompt_embeds": randn(10, BATCH, 5, 8), "negative_embeds": randn(11, BATCH, 5, 8),
-        }  # fmt: skip
-
-    def own_loss(self, names, draws, sigma):
-        """A plain flow-matching loop: noisy latents, timesteps up to 1000, noise - latents."""
-        t = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - t) * self.z0 + t * draws.z1
-        pred = self.model(noisy, timestep=sigma * 1000, encoder_hidden_states=names["prompt_embeds"]).sample
-        return F.mse_loss(pred, draws.z1 - self.z0)
-
-    def first_step(self, z1):
-        pipe = WanPipeline(None, None, None, self.scheduler, self.model)
-        return pipeline_step(
-            pipe, z1, prompt_embeds=self.names["prompt_embeds"], negative_prompt_embeds=self.names["negative_embeds"],
-            guidance_scale=5.0, height=32, width=32, num_frames=9,
-        )  # fmt: skip
-
-
-class ZImage(Trainer):
     def build(self):
         return ZImageTransformer2DModel(
-            dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8, axes_dims=[4, 6, 6],
-            axes_lens=[128, 16, 16],
+            dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
+            axes_dims=[4, 6, 6], axes_lens=[128, 16, 16],
         )  # fmt: skip
 
     def given(self):
-        self.z0, self.scheduler = randn(1, BATCH, 16, 8, 8), FlowMatchEulerDiscreteScheduler(shift=3.0)
+        dtype = next(self.model.parameters()).dtype
+        self.empty = [randn(12, 4, 8).to(dtype)]
         return {
-            "z0": self.z0, "scheduler": self.scheduler, "guidance_scale": 5.0,
-            "prompt_embeds": [randn(10, 5, 8), randn(11, 3, 8)],
-            "negative_embeds": [randn(12, 4, 8), randn(13, 2, 8)],
+            "model_input": randn(1, BATCH, 16, 8, 8), "text_encoding_pipeline": None,
+            "prompt_embeds": [randn(10, 5, 8).to(dtype), randn(11, 3, 8).to(dtype)],
+            "compute_text_embeddings": lambda prompt, pipeline: self.empty,
         }  # fmt: skip
 
-    def own_loss(self, names, draws, sigma):
-        """A flow-matching loop in Z-Image's own time and sign."""
-        t = per_sample(1 - sigma, self.z0)
-        x_t, target = (1 - t) * draws.z1 + t * self.z0, self.z0 - draws.z1
-        pred = self.model([x.unsqueeze(1) for x in x_t], 1 - sigma, names["prompt_embeds"]).sample
-        return F.mse_loss(torch.stack([x.squeeze(1) for x in pred]), target)
-
     def first_step(self, z1):
-        n, pipe = self.names, ZImagePipeline(self.scheduler, None, None, None, self.model)
+        pipe = ZImagePipeline(self.scheduler, None, None, None, self.model)
         return pipeline_step(
-            pipe, z1, prompt_embeds=n["prompt_embeds"], negative_prompt_embeds=n["negative_embeds"],
-            guidance_scale=5.0, height=64, width=64,
+            pipe, z1, 50, prompt_embeds=self.names["prompt_embeds"], guidance_scale=5.0,
+            negative_prompt_embeds=self.empty * BATCH, height=64, width=64,
         )  # fmt: skip
 
 
-class Generic(SD3):
-    """model(z, time, cond), time up to 1, with the names z0, cond, uncond."""
-
-    first_step = None
-
-    def given(self):
-        def model(z, time, cond):
-            return self.model(z, timestep=1000 * time, return_dict=False, **cond)[0]
-
-        return super().given() | {"model": model}
-
-
-class ReversedTime(Generic):
-    def own_loss(self, names, draws, sigma):
-        """rectified-flow-pytorch and flow_matching: x_t from noise at t = 0 to data at t = 1, and dx_t / dt."""
-        x_0, x_1, t = draws.z1, self.z0, 1 - sigma
-        x_t, dx_t = (1 - per_sample(t, x_1)) * x_0 + per_sample(t, x_1) * x_1, x_1 - x_0
-        return torch.pow(names["model"](x_t, t, names["cond"]) - dx_t, 2).mean()
-
-
-class Noise(Generic):
-    def own_loss(self, names, draws, sigma):
-        z = (1 - per_sample(sigma, self.z0)) * self.z0 + per_sample(sigma, self.z0) * draws.z1
-        return F.mse_loss(names["model"](z, sigma, names["cond"]), draws.z1)
-
-
-class CleanData(Generic):
-    def own_loss(self, names, draws, sigma):
-        z = (1 - per_sample(sigma, self.z0)) * self.z0 + per_sample(sigma, self.z0) * draws.z1
-        return F.mse_loss(names["model"](z, sigma, names["cond"]), self.z0)
-
-
-class KnownRegion(Generic):
-    def given(self):
-        known = torch.zeros(BATCH, 1, 8, 8, dtype=torch.bool)
-        known[0, :, :6], known[1, :, :, :3] = True, True
-        return super().given() | {"known": known}
-
-    def own_loss(self, names, draws, sigma):
-        """The mean over each sample's free elements of the error at noised free and clean known elements."""
-        s, total = per_sample(sigma, self.z0), 0.0
-        z = torch.where(names["known"], self.z0, (1 - s) * self.z0 + s * draws.z1)
-        pred = names["model"](z, sigma, names["cond"])
-        for b in range(BATCH):
-            free = ~names["known"][b].expand(16, -1, -1)
-            total += F.mse_loss(pred[b][free], (draws.z1 - self.z0)[b][free]) / BATCH
-        return total
-
-
-def pipeline_step(pipe, z1, **call):
-    """Its latents and noise level after one of 40 steps."""
+def pipeline_step(pipe, z1, steps, **call):
+    """Its latents and noise level after one step."""
 
     def stop(pipe, step, timestep, latents):
         pipe._interrupt = True
         return latents
 
-    options = {"num_inference_steps": 40, "latents": z1, "output_type": "latent", "callback_on_step_end": stop}
+    options = {"num_inference_steps": steps, "latents": z1, "output_type": "latent"}
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        out = pipe(**call, **options, return_dict=False)[0]
+        out = pipe(**call, **options, callback_on_step_end=stop, return_dict=False)[0]
     return out, pipe.scheduler.sigmas[1].item()
 
 
-TRAINERS = {  # the block: the trainers it is run in
-    "README.md: The method": [SD3],
-    "recipes.md: Stable Diffusion 3 and 3.5": [SD3, PreconditionedSD3],
-    "recipes.md: Flux.1-dev": [Flux],
-    "recipes.md: Qwen-Image": [Qwen],
-    "recipes.md: Wan video": [Wan],
-    "recipes.md: Time that runs the other way": [ReversedTime],
-    "recipes.md: Time that runs the other way #2": [ZImage],
-    "recipes.md: A model that predicts noise or clean data": [Noise],
-    "recipes.md: A model that predicts noise or clean data #2": [CleanData],
-    "recipes.md: Known regions": [KnownRegion],
-}
-DIFFUSERS = "evaluation.md: From a checkpoint into diffusers"
-OTHERS = {DIFFUSERS, "recipes.md: SOAR in other trainers", "recipes.md: The shift"}  # with own tests
-CASES = [pytest.param(block, cls, id=f"{block}, {cls.__name__}") for block, x in TRAINERS.items() for cls in x]
-
-
-def run_block(text, trainer, monkeypatch, change=lambda draws: draws, **fields):
-    """Executes a block, with other defaults of SoarConfig and with its draws changed; returns the arguments that it
-    gave soar_terms, (velocity, z0, draws, cond, uncond, config), the terms, and the block's names."""
-    arguments, terms, soar_terms, draw = [], [], soar.soar_terms, soar.draw
-    fields = [(name, type(value), value) for name, value in fields.items()]
-    config = dataclasses.make_dataclass("SoarConfig", fields, bases=(soar.SoarConfig,), frozen=True)
-
-    def recorded_terms(*args, **kwargs):
-        arguments.extend(args)
-        for term in soar_terms(*args, **kwargs):
-            terms.append(term)
-            yield term
-
-    names = dict(trainer.names, optimizer=SimpleNamespace(step=lambda: None, zero_grad=lambda: None))
-    names["generator"].manual_seed(3)
-    trainer.model.zero_grad()
-    recorded = {"SoarConfig": config, "soar_terms": recorded_terms, "draw": lambda *args: change(draw(*args))}
-    with monkeypatch.context() as patch:
-        for name, value in recorded.items():
-            patch.setattr(soar, name, value)
-        exec(compile(text, "block", "exec"), names)
-    return arguments, terms, names
+SCRIPTS = (SD3, Flux, Flux2, Qwen, ZImage)
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def on_the_grid(draws):
-    """t at multiples of 1/1000, where diffusers' schedulers have their levels: noisy and clean ones."""
-    return draws._replace(t=torch.tensor([0.99, 0.05]))
+def ratio_of(cls, capsys, text=None, dtype=torch.float32, **args):
+    """What the self-test prints: SOAR at lambda 0 over the script's loss."""
+    text = edited(cls.stub(), cls.heading, self_test=True) if text is None else text
+    cls(dtype).main(text, **args)
+    return float(re.search(r"ratio ([\d.]+)$", capsys.readouterr().out, re.M)[1])
 
 
-def sft_of(block, text, cls, monkeypatch):
-    """Largest relative differences of loss and gradients between a block with lambda_aux = 0 and its trainer's loss."""
-    trainer = cls()
-    (_, _, draws, _, _, config), terms, names = run_block(text, trainer, monkeypatch, on_the_grid, lambda_aux=0.0)
-    assert len(terms) == 1
-    ours, loss = gradients(trainer.model), terms[0].loss
-    trainer.model.zero_grad()
-    own = trainer.own_loss(names, draws, soar.sigma_from_t(draws.t, config.shift))
-    own.backward()
-    theirs = gradients(trainer.model)
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    scale = max(x.abs().max() for x in theirs.values())
-    return abs(loss / own - 1).item(), (max((ours[key] - theirs[key]).abs().max() for key in ours) / scale).item()
+@pytest.mark.parametrize("cls", SCRIPTS)
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_self_test_finds_the_scripts_loss_to_1e_6(cls, scheme, prior, capsys):
+    for precondition in {0, int(cls is SD3)}:
+        args = {"weighting_scheme": scheme, "with_prior_preservation": prior}
+        args |= {"precondition_outputs": precondition}
+        assert abs(ratio_of(cls, capsys, **args) - 1) < 2e-6
 
 
-# --- The blocks -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_self_test_in_bf16_is_near(cls, capsys):
+    assert abs(ratio_of(cls, capsys, dtype=torch.bfloat16) - 1) < 0.02
 
 
-def test_every_python_block_is_run_and_recipes_have_5_to_15_lines():
-    assert set(PYTHON) == set(TRAINERS) | OTHERS, "give each new block a trainer in TRAINERS, or a test of its own"
-    for name, text in PYTHON.items():
-        lines = [line for line in text.splitlines() if line.strip()]
-        assert name.startswith("README") or 5 <= len(lines) <= 15, (name, len(lines))
-        assert max(map(len, lines)) <= 120
+MISTAKES = {  # the model, what is changed in its recipe: the self-test must notice
+    "sd3, time": (SD3, "timestep=1000 * sigma", "timestep=sigma"),
+    "sd3, pooled": (SD3, ": pooled_prompt_embeds", ": torch.zeros(2, 8)"),
+    "flux, time": (Flux, "timestep=sigma", "timestep=1000 * sigma"),
+    "flux, guidance": (Flux, "(len(z0),), args.guidance_scale", "(len(z0),), 3.5"),
+    "flux2, guidance": (Flux2, "(len(z0),), args.guidance_scale", "(len(z0),), 4.0"),
+    "qwen, mask": (Qwen, '"encoder_hidden_states_mask": cond[1]', '"encoder_hidden_states_mask": None'),
+    "z-image, time": (ZImage, "transformer(x, 1 - sigma", "transformer(x, sigma"),
+    "z-image, sign": (ZImage, "return -torch", "return torch"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("block, cls", CASES)
-def test_block_is_its_trainers_own_loss_when_lambda_is_zero(block, cls, monkeypatch):
-    loss, grads = sft_of(block, PYTHON[block], cls, monkeypatch)
-    assert loss < 1e-5 and grads < 1e-4
+@pytest.mark.parametrize("cls, old, new", MISTAKES.values(), ids=MISTAKES)
+def test_self_test_notices_a_mistake(cls, old, new, capsys):
+    text = edited(cls.stub(), cls.heading, self_test=True)
+    assert text.count(old) == 1
+    assert abs(ratio_of(cls, capsys, text.replace(old, new)) - 1) > 1e-5
 
 
-MISTAKES = {  # the block, what is changed in it: the loss above must notice
-    "sd3, time": ("recipes.md: Stable Diffusion 3 and 3.5", "1000 * sigma", "sigma"),
-    "sd3, pooled": ("recipes.md: Stable Diffusion 3 and 3.5", ": pooled_prompt_embeds", ": empty_pooled_embeds"),
-    "flux, time": ("recipes.md: Flux.1-dev", "timestep=sigma", "timestep=1000 * sigma"),
-    "flux, guidance": ("recipes.md: Flux.1-dev", "args.guidance_scale", "3.5"),
-    "qwen, mask": ("recipes.md: Qwen-Image", '"encoder_hidden_states_mask": prompt_embeds_mask', ""),
-    "wan, mean": ("recipes.md: Wan video", "latents.float() - mean.to(latents.device)", "latents"),
-    "reversed, sign": ("recipes.md: Time that runs the other way", "-model", "model"),
-    "z-image, time": ("recipes.md: Time that runs the other way #2", "1 - sigma", "sigma"),
-    "noise, weighting": ("recipes.md: A model that predicts noise or clean data", "e-3) ** 2", "e-3)"),
-    "clean, sign": ("recipes.md: A model that predicts noise or clean data #2", "z - model", "z + model"),
-    "known, input": ("recipes.md: Known regions", "torch.where(known, z0, z)", "z"),
-    "known, normalisation": ("recipes.md: Known regions", "1 / free", "torch.ones_like(free)"),
-    "known, target": ("recipes.md: Known regions", "correction_target(z, z0, sigma)", "torch.zeros_like(z)"),
-}
+def soar_run(cls, monkeypatch, text=None, change=lambda draws: draws, script=None, **args):
+    """The script with SOAR in place of its loss: itself, its names, soar_terms' arguments."""
+    script, calls, soar_terms, draw = script or cls(), [], soar.soar_terms, soar.draw
+
+    def recorded(*given, **options):
+        calls.append(given)
+        return soar_terms(*given, **options)
+
+    monkeypatch.setattr(soar, "soar_terms", recorded)
+    monkeypatch.setattr(soar, "draw", lambda *x: change(draw(*x)))
+    text = edited(cls.stub(), cls.heading, self_test=False) if text is None else text
+    names = script.main(text, **args)
+    monkeypatch.undo()
+    return script, names, calls[0]
 
 
-@pytest.mark.parametrize("block, old, new", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_a_block_is_noticed(block, old, new, monkeypatch):
-    assert PYTHON[block].count(old) == 1
-    loss, grads = sft_of(block, PYTHON[block].replace(old, new), TRAINERS[block][-1], monkeypatch)
-    assert max(loss, grads) > 1e-3
-
-
-@pytest.mark.parametrize("block, cls", CASES)
-def test_block_takes_a_soar_step_with_finite_gradients(block, cls, monkeypatch):
-    trainer, calls = cls(), []
-    trainer.model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    _, terms, _ = run_block(PYTHON[block], trainer, monkeypatch)
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_recipe_takes_a_soar_step_of_the_scripts_levels(cls, monkeypatch):
+    calls, script = [], cls()
+    script.model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    script, names, (_, _, draws, _, _, config) = soar_run(cls, monkeypatch, script=script)
     rollout = 2 if cls is Qwen else 1
-    assert calls == [True] + [False] * rollout + [True] * 6 and len(terms) == 7
-    assert all(term.error.min() > 0 for term in terms)
-    grads = list(gradients(trainer.model).values())
+    assert calls == [True] + [False] * rollout + [True] * 6
+    levels = soar.sigma_from_t(draws.t, config.shift)
+    torch.testing.assert_close(1000 * levels, names["timesteps"])
+    assert math.isfinite(names["logs"]["loss"])
+    grads = list(gradients(script.model).values())
     assert all(x.isfinite().all() for x in grads)
-    assert sum(bool(x.any()) for x in grads) > 0.8 * len(grads)  # the last block makes text nobody reads
+    assert sum(bool(x.any()) for x in grads) > 0.8 * len(grads)
 
 
-def rollout_of(block, text, cls, monkeypatch):
-    """Velocities of a block's rollout from pure noise, of the pipeline's first step, and of its unguided model."""
-    trainer, states = cls(), []
-    z1 = torch.randn(trainer.z0.shape, generator=rng(5))
-    change = lambda d: d._replace(z1=z1, t=torch.ones(BATCH), u=torch.zeros_like(d.u))  # noqa: E731
-    (velocity, *args, config), _, _ = run_block(text, trainer, monkeypatch, change, num_aux_points=1)
+def rollout_of(cls, monkeypatch, text=None):
+    """Velocities of the recipe's rollout from noise, and of the pipeline's first step."""
+    z1 = randn(5, *soar_run(cls, monkeypatch)[2][1].shape)
+    change = lambda d: d._replace(z1=z1, u=torch.zeros_like(d.u))  # noqa: E731
+    script, _, (velocity, z0, draws, cond, uncond, config) = soar_run(cls, monkeypatch, text, change)
+    states = []
 
     def recorded(z, sigma, cond):
         states.append(z)
         return velocity(z, sigma, cond)
 
-    list(soar.soar_terms(recorded, *args, config))
-    sigma1 = soar.sigma_from_t(1 - 1 / config.num_sampling_steps, config.shift)
-    latents, sigma1_pipeline = trainer.first_step(z1)
-    with torch.no_grad():
-        plain = velocity(z1, torch.ones(BATCH), args[2])
-    # u = 0: the last state is where the rollout ended.
-    return (states[-1] - z1) / (sigma1 - 1), (latents - z1) / (sigma1_pipeline - 1), plain
+    draws = draws._replace(t=torch.ones(BATCH))
+    list(soar.soar_terms(recorded, z0, draws, cond, uncond, config))
+    sigma = soar.sigma_from_t(1 - 1 / config.num_sampling_steps, config.shift)
+    latents, sigma_pipeline = script.first_step(z1)
+    # u = 0: the last state is where the rollout ended
+    return (states[-1] - z1) / (sigma - 1), (latents - z1) / (sigma_pipeline - 1)
 
 
-PIPELINES = (SD3, Flux, Qwen, Wan, ZImage)
-
-
-@pytest.mark.parametrize("block, cls", [case for case in CASES if case.values[1] in PIPELINES])
-def test_rollout_is_the_first_step_of_the_pipeline(block, cls, monkeypatch):
-    ours, pipeline, plain = rollout_of(block, PYTHON[block], cls, monkeypatch)
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_rollout_is_the_first_step_of_the_pipeline(cls, monkeypatch):
+    ours, pipeline = rollout_of(cls, monkeypatch)
     torch.testing.assert_close(ours, pipeline, rtol=1e-4, atol=1e-4)
-    assert (pipeline - plain).abs().max() > 0.05  # guidance is more than the tolerance
 
 
-ROLLOUT_MISTAKES = {  # the block, what is changed in it: the test above must notice
-    "sd3, no uncond": ("recipes.md: Stable Diffusion 3 and 3.5", "cond, uncond, config, w", "cond, None, config, w"),
-    "flux, guidance": ("recipes.md: Flux.1-dev", "3.5,", "1.5,"),
-    "flux, w": ("recipes.md: Flux.1-dev", "guidance_scale=0.0", "guidance_scale=1.0"),
-    "qwen, norm": ("recipes.md: Qwen-Image", " * (v.norm(dim=-1, keepdim=True) / ", " # "),
-    "wan, sign": ("recipes.md: Wan video", "return transformer", "return -transformer"),
-    "z-image, w": ("recipes.md: Time that runs the other way #2", "1 + guidance_scale", "guidance_scale"),
+ROLLOUT_MISTAKES = {
+    "sd3, no uncond": (SD3, "cond, uncond, config", "cond, None, config"),
+    "flux, guidance": (Flux, "(len(z0),), 3.5", "(len(z0),), 1.5"),
+    "flux2, guidance": (Flux2, "(len(z0),), 4.0", "(len(z0),), 1.5"),
+    "flux, w": (Flux, "guidance_scale=0.0", "guidance_scale=1.0"),
+    "qwen, norm": (Qwen, " * (v.norm(dim=-1, keepdim=True) / ", " # "),
+    "z-image, w": (ZImage, "1 + 5.0", "5.0"),
 }
 
 
-@pytest.mark.parametrize("block, old, new", ROLLOUT_MISTAKES.values(), ids=ROLLOUT_MISTAKES)
-def test_a_mistake_in_a_rollout_is_noticed(block, old, new, monkeypatch):
-    assert PYTHON[block].count(old) == 1
-    ours, pipeline, _ = rollout_of(block, PYTHON[block].replace(old, new), TRAINERS[block][0], monkeypatch)
+@pytest.mark.parametrize("cls, old, new", ROLLOUT_MISTAKES.values(), ids=ROLLOUT_MISTAKES)
+def test_a_mistake_in_a_rollout_is_noticed(cls, old, new, monkeypatch):
+    text = edited(cls.stub(), cls.heading, self_test=False)
+    assert text.count(old) == 1
+    ours, pipeline = rollout_of(cls, monkeypatch, text.replace(old, new))
     assert (ours - pipeline).abs().max() > 0.01
 
 
+def test_lora_and_accumulation_give_gradients_of_the_adapters_alone(monkeypatch):
+    half = {}
+    for steps in (1, 2):
+        script = SD3()
+        script.model.requires_grad_(False)
+        torch.manual_seed(2)
+        script.model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        soar_run(SD3, monkeypatch, script=script, accelerator=Plain(steps))
+        half[steps] = gradients(script.model)
+    assert half[1] and all("lora" in name for name in half[1])
+    for name, x in half[1].items():
+        assert x.any()
+        torch.testing.assert_close(half[2][name], x / 2)
+
+
+# --- Blocks of any trainer: pasted into a function that has the names of its place ---
+
+PAGE = blocks_by_heading(RECIPES.read_text())
+
+
+def sd3_model(z, time, cond):
+    return sd3_model.net(z, timestep=time, encoder_hidden_states=cond, return_dict=False,
+                         pooled_projections=torch.ones(BATCH, 8))[0]  # fmt: skip
+
+
+@pytest.fixture
+def lambda_zero(monkeypatch):
+    """SoarConfig of every block has lambda_aux = 0, and its draws are kept."""
+    fields = [("lambda_aux", float, 0.0)]
+    config = dataclasses.make_dataclass("SoarConfig", fields, bases=(soar.SoarConfig,), frozen=True)
+    kept, draw = [], soar.draw
+
+    class Kept(soar.Draws):
+        def _replace(self, **changed):
+            kept.append(super()._replace(**changed))
+            return kept[-1]
+
+    monkeypatch.setattr(soar, "SoarConfig", config)
+    monkeypatch.setattr(soar, "draw", lambda *x: Kept(*draw(*x)))
+    return kept
+
+
+def flow_loss(model, z0, draws, cond, shift, *, sign=1.0, time=lambda sigma: 1000 * sigma):
+    """A trainer's own: noisy latents, the model at their time, noise - latents."""
+    sigma = soar.sigma_from_t(draws.t, shift)
+    noisy = (1 - per_sample(sigma, z0)) * z0 + per_sample(sigma, z0) * draws.z1
+    return F.mse_loss(sign * model(noisy, time(sigma), cond), draws.z1 - z0)
+
+
+@pytest.fixture
+def any_trainer():
+    """What a trainer of no name has, with a small SD3 model."""
+    sd3_model.net = SD3().model
+    return {
+        "torch": torch, "device": "cpu", "seed": None, "rank": 0, "model": sd3_model,
+        "encode": lambda prompts: randn(12, 1, 5, 8), "latents": randn(1, BATCH, 16, 8, 8),
+        "sample_levels": lambda n: torch.tensor([0.9, 0.2]), "cond": randn(10, BATCH, 5, 8),
+    }  # fmt: skip
+
+
+def test_any_trainers_blocks_are_its_loss_at_lambda_zero(any_trainer, lambda_zero):
+    n = any_trainer
+    for block in PAGE["Any trainer"]:
+        exec(block, n)
+    own = flow_loss(sd3_model, n["latents"], lambda_zero[-1], n["cond"], 3.0)
+    torch.testing.assert_close(n["loss"], own.detach(), rtol=1e-6, atol=0)
+    assert len(gradients(sd3_model.net)) > 10
+
+
+def test_any_trainers_blocks_take_a_soar_step(any_trainer):
+    calls = []
+    sd3_model.net.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for block in PAGE["Any trainer"]:
+        exec(block, any_trainer)
+    assert calls == [True, False] + [True] * 6 and any_trainer["loss"] > 0
+    levels = soar.sigma_from_t(any_trainer["draws"].t)
+    torch.testing.assert_close(levels, torch.tensor([0.9, 0.2]))
+
+
+def lucid(z, sigma, cond):
+    return -sd3_model(z, 1 - sigma, cond)
+
+
+OTHERS = {  # block of "Other models": the trainer's own error, of its prediction at (noisy, sigma)
+    0: lambda p, z0, z1: p - (z0 - z1),
+    1: lambda p, z0, z1: p - z0,
+    2: lambda p, z0, z1: p - z1,
+    3: lambda p, z0, z1: p - z0,
+}
+
+
+@pytest.mark.parametrize("i", OTHERS)
+def test_blocks_of_other_models_are_their_loss_at_lambda_zero(i, any_trainer, lambda_zero):
+    n = any_trainer | {"weighting": None, "z0": any_trainer["latents"]}
+    n["expand"] = lambda x: per_sample(x, n["z0"])
+    exec(PAGE["Other models"][i], n)
+    config = soar.SoarConfig(shift=1.0)
+    draws = soar.draw(n["z0"].shape, config, rng())._replace(t=torch.tensor([0.9, 0.2]))
+    arguments = (n["velocity"], n["z0"], draws, n["cond"], None, config)
+    (term,) = soar.soar_terms(*arguments, weighting=n["weighting"])
+    s = per_sample(draws.t, n["z0"])
+    time = 1 - draws.t if i < 2 else draws.t
+    prediction = sd3_model((1 - s) * n["z0"] + s * draws.z1, time, n["cond"])
+    error = OTHERS[i](prediction, n["z0"], draws.z1) ** 2
+    if i == 1:  # a velocity's error, not that of clean data: what lucidrains' loss compares
+        error = error / s**2
+    torch.testing.assert_close(term.loss, error.mean(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("sde_type", soar.SDE_TYPES)
-def test_known_region_is_clean_in_every_call_and_adds_nothing_to_the_loss(sde_type, monkeypatch):
-    block, trainer, calls = "recipes.md: Known regions", KnownRegion(), []
-    model, known, z0 = trainer.names["model"], trainer.names["known"].expand(BATCH, 16, 8, 8), trainer.z0
+def test_known_region_is_clean_in_every_call_and_free_elements_alone_count(sde_type, any_trainer):
+    known = torch.zeros(BATCH, 1, 8, 8, dtype=torch.bool)
+    known[0, :, :6], known[1, :, :, :3] = True, True
+    z0, seen = any_trainer["latents"], []
+    part = known.expand_as(z0)
 
-    def recorded(z, sigma, cond):
-        assert torch.equal(z[known], z0[known])
-        calls.append((z, sigma, torch.is_grad_enabled()))
-        return model(z, sigma, cond)
+    def model(z, sigma, cond):
+        assert torch.equal(z[part], z0[part])
+        seen.append(sd3_model(z, sigma, cond))
+        return seen[-1]
 
-    trainer.names["model"] = recorded
-    settings = {"num_rollout_paths": 3, "num_aux_points": 2, "sde_type": sde_type}
-    (_, _, draws, _, _, config), terms, names = run_block(PYTHON[block], trainer, monkeypatch, **settings)
-    trained = [call[:2] for call in calls if call[2]]
-    assert len(calls) == 8 and len(trained) == len(terms) == 7
-    assert (draws.t > config.t_min + 1 / 40).all()  # every point counts
+    n = any_trainer | {"known": known, "z0": z0, "model": model}
+    exec(PAGE["Other models"][4], n)
+    config = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, sde_type=sde_type)
+    draws = soar.draw(z0.shape, config, rng())
+    arguments = (n["velocity"], z0, draws, n["cond"], n["cond"] * 0, config)
+    base, *_ = soar.soar_terms(*arguments, weighting=n["weighting"])
     total = 0.0
-    ours = gradients(trainer.model)
-    for i, ((z, sigma), term) in enumerate(zip(trained, terms)):
-        v = model(z, sigma, names["cond"])
-        target = (draws.z1 - z0) if i == 0 else (z - z0) / per_sample(sigma, z0)
-        errors = torch.stack([F.mse_loss(v[b][~known[b]], target[b][~known[b]]) for b in range(BATCH)])
-        torch.testing.assert_close(term.error / names["free"], errors.detach(), rtol=1e-4, atol=1e-6)
-        total += errors.sum() / (7 * BATCH)
-    torch.testing.assert_close(sum(term.loss for term in terms), total, rtol=1e-4, atol=1e-6)
-    trainer.model.zero_grad()
-    total.backward()
-    for name, x in gradients(trainer.model).items():
-        torch.testing.assert_close(ours[name], x, rtol=1e-3, atol=1e-5)
+    for b in range(BATCH):
+        free = ~part[b]
+        total += F.mse_loss(seen[0][b][free], (draws.z1 - z0)[b][free])
+    normalizer = soar.loss_normalizer(draws.t, config)
+    torch.testing.assert_close(base.loss, total / normalizer, rtol=1e-4, atol=1e-6)
 
 
-def test_known_regions_other_weighting_is_the_mean_over_the_batchs_free_elements(monkeypatch):
-    block, trainer = "recipes.md: Known regions", KnownRegion()
-    (weighting,) = re.findall(r"`weighting=(lambda sigma: \(1 / free.*?)`", RECIPES.read_text())
-    text = PYTHON[block].replace("lambda sigma: 1 / free", weighting)
-    assert text != PYTHON[block]
-    (_, _, draws, *_, config), (term,), names = run_block(text, trainer, monkeypatch, lambda_aux=0.0)
-    s = per_sample(soar.sigma_from_t(draws.t, config.shift), trainer.z0)
-    known = names["known"].expand_as(trainer.z0)
-    z = torch.where(known, trainer.z0, (1 - s) * trainer.z0 + s * draws.z1)
-    pred = names["model"](z, s.flatten(), names["cond"])
-    torch.testing.assert_close(term.loss, F.mse_loss(pred[~known], (draws.z1 - trainer.z0)[~known]))
+def wan_model():
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=32,
+        num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
 
 
-def test_noise_prediction_is_bounded_up_to_pure_noise(monkeypatch):
-    """Above sigma = 0.999 the term is the noise's error but for (1e-3 - (1 - sigma)) times the target."""
-    change = lambda d: d._replace(t=torch.tensor([1.0, 0.9999]))  # noqa: E731
-    trainer = Noise()
-    text = PYTHON["recipes.md: A model that predicts noise or clean data"]
-    args, (term,), names = run_block(text, trainer, monkeypatch, change, lambda_aux=0.0)
-    draws, s = args[2], per_sample(term.sigma, trainer.z0)
-    noise = names["model"]((1 - s) * trainer.z0 + s * draws.z1, term.sigma, names["cond"])
-    shift = (1e-3 - (1 - s)) * (draws.z1 - trainer.z0)
-    torch.testing.assert_close(term.loss, F.mse_loss(noise - shift, draws.z1), rtol=1e-4, atol=0)
-    assert shift.abs().max() <= 1e-3 * (draws.z1 - trainer.z0).abs().max() * 1.001
+def test_wan_blocks_are_the_loss_and_keep_points_in_an_experts_range(any_trainer, lambda_zero):
+    defaults = inspect.signature(diffusers.AutoencoderKLWan.__init__).parameters
+    config = {key: defaults[key].default for key in ("latents_mean", "latents_std")}
+    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in config.values())
+    z0, model = randn(1, BATCH, 16, 3, 4, 4), wan_model()
+    n = any_trainer | {"vae": SimpleNamespace(config=SimpleNamespace(**config))}
+    n |= {"latents": z0 * std + mean, "transformer": model}
+    first, second, u = PAGE["Wan"]
+    before, inside = PAGE["Any trainer"]
+    exec(before, n)
+    exec(first, n)
+    exec(inside.split("def velocity")[0] + second + "\n" + inside.split("cond)\n\n", 1)[1], n)
+    call = lambda z, t, cond: model(z, timestep=t, encoder_hidden_states=cond).sample  # noqa: E731
+    own = flow_loss(call, z0, lambda_zero[-1], n["cond"], 5.0)
+    torch.testing.assert_close(n["loss"], own.detach(), rtol=1e-5, atol=0)
+
+    n["draws"] = n["draws"]._replace(t=torch.tensor([0.5, 0.05]), u=torch.rand_like(n["draws"].u))
+    exec(u, n)
+    next_, u = n["sigma_next"], n["draws"].u
+    assert (next_ + u * (1 - next_) <= 0.8751).all() and (u >= 0).all() and u.any()
 
 
-def test_what_recipes_say_of_variance_preserving_levels_and_the_clean_end():
-    sd15 = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod[-1]
-    a, b = sd15.sqrt(), (1 - sd15).sqrt()
-    (last,) = re.findall(r"SD 1.5's levels end at sigma = ([\d.]+)", RECIPES.read_text())
-    assert float(last) == pytest.approx((b / (a + b)).item(), abs=5e-4)
-    (clean,) = re.findall(r"`sigma_from_t\(t_min, shift\)`,\s+([\d.]+) by default", RECIPES.read_text())
-    assert float(clean) == pytest.approx(soar.sigma_from_t(soar.SoarConfig().t_min), rel=5e-3)
+def test_every_python_block_is_run():
+    scripts = {cls.heading: 2 for cls in SCRIPTS} | {"diffusers' scripts": 2, "The self-test": 1}
+    others = {"Any trainer": 2, "Wan": 3, "Trainers with hooks": 1, "musubi-tuner": 1}
+    others |= {"ai-toolkit": 1, "SimpleTuner": 1, "sd-scripts": 1, "DiffSynth-Studio": 1}
+    others |= {"Other models": 5, "Is the adapter right?": 1}
+    assert {name: len(found) for name, found in PAGE.items()} == scripts | others
+
+
+# --- Trainers with hooks: a stub of what each trainer's method has, or is called with ---
+
+
+@pytest.fixture
+def hook(monkeypatch, any_trainer):
+    module = types.ModuleType("streamed")
+    exec(PAGE["Trainers with hooks"][0], module.__dict__)
+    monkeypatch.setitem(sys.modules, "streamed", module)
+    return any_trainer
+
+
+def backward_of(model):
+    """Its gradients summed over the calls, as a trainer's accelerator makes them."""
+    return SimpleNamespace(
+        backward=lambda loss: loss.backward(), process_index=0, device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+    )  # fmt: skip
+
+
+def test_streamed_gives_the_whole_loss_and_gradients(hook):
+    config, z0 = soar.SoarConfig(), hook["latents"]
+    found = []
+    velocity = lambda z, s, c: sd3_model(z, 1000 * s, c)  # noqa: E731
+    sigmas = torch.tensor([0.9, 0.2])
+    call = (velocity, z0, sigmas, hook["cond"], hook["cond"] * 0, config, rng())
+    loss = sys.modules["streamed"].streamed(lambda x: x.backward(), *call)
+    loss.backward()
+    found.append((loss.detach(), gradients(sd3_model.net)))
+    sd3_model.net.zero_grad()
+    draws = soar.draw(z0.shape, config, rng())._replace(t=soar.t_from_sigma(sigmas))
+    loss = soar.soar_loss(velocity, z0, draws, hook["cond"], hook["cond"] * 0, config)
+    loss.backward()
+    found.append((loss.detach(), gradients(sd3_model.net)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def musubi(monkeypatch, tmp_path, offset):
+    """musubi_tuner.wan_train_network: its trainer, called at 1000 sigma + 1 but in mode sigma."""
+    model = wan_model()
+
+    class WanNetworkTrainer:
+        def get_noisy_model_input_and_timesteps(self, args, noise, latents, *_):
+            return None, 1000 * torch.tensor([0.9, 0.2]) + offset
+
+        def call_dit(self, args, accelerator, transformer, latents, batch, noise, noisy, timesteps, dtype):
+            text = torch.stack(batch["t5"])
+            pred = transformer(noisy, timestep=timesteps, encoder_hidden_states=text).sample
+            return SimpleNamespace(pred=pred, target=noise - latents)
+
+    script = types.ModuleType("musubi_tuner.wan_train_network")
+    script.WanNetworkTrainer = WanNetworkTrainer
+    package = types.ModuleType("musubi_tuner")
+    package.wan_train_network = script
+    monkeypatch.setitem(sys.modules, "musubi_tuner", package)
+    monkeypatch.setitem(sys.modules, "musubi_tuner.wan_train_network", script)
+    monkeypatch.chdir(tmp_path)
+    save_file({"varlen_t5_float32": randn(12, 5, 8)}, "empty_wan_te.safetensors")
+    names = {}
+    exec(PAGE["musubi-tuner"][0], names)
+    mode = "shift" if offset else "sigma"
+    args = SimpleNamespace(seed=None, weighting_scheme="none", timestep_sampling=mode)
+    latents, batch = randn(1, BATCH, 16, 3, 4, 4), {"timesteps": None, "t5": list(randn(10, BATCH, 5, 8))}
+    call = (args, backward_of(model), model, None, batch, latents, randn(3, *latents.shape))
+    return names["SoarTrainer"]().process_batch(*call, None, torch.float32, torch.float32, None, 0), (
+        lambda draws: flow_loss(
+            lambda z, t, c: model(z, timestep=t, encoder_hidden_states=c).sample, latents, draws,
+            torch.stack(batch["t5"]), 5.0, time=lambda s: 1000 * s + offset,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_musubi_block_is_its_loss_at_lambda_zero(offset, lambda_zero, hook, monkeypatch, tmp_path):
+    (loss, metrics), own = musubi(monkeypatch, tmp_path, offset)
+    assert metrics == {}
+    torch.testing.assert_close(loss, own(lambda_zero[-1]), rtol=1e-5, atol=0)
+
+
+def test_musubi_block_takes_a_soar_step(hook, monkeypatch, tmp_path):
+    (loss, _), _ = musubi(monkeypatch, tmp_path, 1)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def ai_toolkit(hook, mask):
+    """SDTrainer's method, at the place of its chain of losses, with the names that are there."""
+    block = textwrap.indent(PAGE["ai-toolkit"][0], "    ")
+    text = (
+        "def loss_of(self, timesteps, conditional_embeds, batch, pred_kwargs, mask_multiplier,"
+        " loss_multiplier, noise):\n    if False:\n        pass\n" + block + "    return loss\n"
+    )
+    names = {"torch": torch, "concat_prompt_embeds": torch.cat}
+    exec(text, names)
+
+    class Trainer:
+        train_config = SimpleNamespace(loss_type="soar", timestep_type="sigmoid", linear_timesteps=False)
+        accelerator, device_torch = backward_of(None), "cpu"
+        unconditional_embeds = randn(12, 1, 5, 8)
+
+        def predict_noise(self, noisy_latents, timesteps=1, conditional_embeds=None,
+                          unconditional_embeds=None, batch=None, is_primary_pred=False):
+            return sd3_model(noisy_latents, timesteps, conditional_embeds)
+
+    batch = SimpleNamespace(latents=hook["latents"])
+    timesteps = torch.tensor([900.0, 200.0])
+    return names["loss_of"](Trainer(), timesteps, hook["cond"], batch, {}, mask, torch.ones(2, 1, 1, 1), None)
+
+
+def test_ai_toolkit_block_is_its_loss_at_lambda_zero_with_its_mask(lambda_zero, hook):
+    mask = 2 * torch.rand(BATCH, 1, 8, 8, generator=rng(4))
+    loss = ai_toolkit(hook, mask)
+    sigma = soar.sigma_from_t(lambda_zero[-1].t)
+    z0, z1 = hook["latents"], lambda_zero[-1].z1
+    s = per_sample(sigma, z0)
+    pred = sd3_model((1 - s) * z0 + s * z1, 1000 * sigma, hook["cond"])
+    torch.testing.assert_close(loss, ((pred - (z1 - z0)) ** 2 * mask).mean(), rtol=1e-5, atol=0)
+
+
+def test_ai_toolkit_block_takes_a_soar_step(hook):
+    loss = ai_toolkit(hook, 1.0)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def simple_tuner(hook):
+    """Trainer._compute_model_prediction_loss of SimpleTuner, and the model that it calls."""
+    text = "def loss_of(self, prepared_batch):\n" + textwrap.indent(PAGE["SimpleTuner"][0], "    ")
+    names = {"torch": torch}
+    exec(text, names)
+    cond, empty = hook["cond"], hook["cond"] * 0
+
+    class Trainer:
+        config, accelerator = SimpleNamespace(seed=None, loss_type="l2"), backward_of(None)
+        model = SimpleNamespace(
+            flow_matching_timesteps_from_sigmas=lambda sigmas: 1000 * sigmas,
+            prediction_to_noiseward_flow=lambda v: v,
+        )
+
+        def model_predict(self, prepared_batch):
+            b = prepared_batch
+            v = sd3_model(b["noisy_latents"], b["timesteps"], b["encoder_hidden_states"])
+            return {"model_prediction": v}
+
+    batch = {"latents": hook["latents"], "encoder_hidden_states": cond, "add_text_embeds": None}
+    batch |= {"negative_encoder_hidden_states": empty, "sigmas": torch.tensor([0.9, 0.2])}
+    return names["loss_of"](Trainer(), batch)
+
+
+def test_simple_tuner_block_is_its_loss_at_lambda_zero(lambda_zero, hook):
+    loss, logs, diffusion, aux, distill = simple_tuner(hook)
+    own = flow_loss(sd3_model, hook["latents"], lambda_zero[-1], hook["cond"], 3.0)
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
+    assert (logs, aux, distill) == ({}, None, {}) and not diffusion.requires_grad
+
+
+def test_simple_tuner_block_takes_a_soar_step(hook):
+    loss = simple_tuner(hook)[0]
+    loss.backward()
+    assert loss.isfinite()
+
+
+def sd_scripts(hook, monkeypatch):
+    """sd3_train_network's trainer, between its parent's process_batch and post_process_loss."""
+    script, library = types.ModuleType("sd3_train_network"), types.ModuleType("library")
+    script.Sd3NetworkTrainer = type("Sd3NetworkTrainer", (), {"sample_prompts_te_outputs": {
+        "": [hook["cond"][:1] * 0, torch.zeros(1, 0, 8), torch.zeros(1, 8)]}})  # fmt: skip
+    levels = lambda args, latents, *_: (None, torch.tensor([900.0, 200.0]), None)  # noqa: E731
+    library.sd3_train_utils = SimpleNamespace(
+        get_noisy_model_input_and_timesteps=levels,
+        compute_loss_weighting_for_sd3=lambda weighting_scheme, sigmas=None: torch.ones_like(sigmas),
+    )
+    strategy = SimpleNamespace(concat_encodings=lambda lg, t5, pooled: (torch.cat([lg, t5], 1), pooled))
+    strategies = SimpleNamespace(get_strategy=lambda: strategy)
+    library.strategy_base = SimpleNamespace(TextEncodingStrategy=strategies)
+    monkeypatch.setitem(sys.modules, "sd3_train_network", script)
+    monkeypatch.setitem(sys.modules, "library", library)
+    names = {"__name__": "soar_sd3"}
+    exec(PAGE["sd-scripts"][0], names)
+    args = SimpleNamespace(loss_type="l2", masked_loss=False, seed=0, weighting_scheme="none",
+                           gradient_checkpointing=False)  # fmt: skip
+    batch = {"loss_weights": torch.tensor([1.0, 3.0])}
+    conds = [hook["cond"], torch.zeros(BATCH, 0, 8), torch.zeros(BATCH, 8), None, None, None]
+    unet = lambda z, t, context, y: sd3_model(z, t, context)  # noqa: E731
+    trainer = names["SoarTrainer"]()
+    call = (args, backward_of(None), None, hook["latents"], batch, conds, unet, None)
+    pred, target, *_ = trainer.get_noise_pred_and_target(*call, torch.float32, True)
+    loss = F.mse_loss(pred, target, reduction="none").mean([1, 2, 3]) * batch["loss_weights"]
+    return trainer.post_process_loss(loss, args, None, None).mean()
+
+
+def test_sd_scripts_block_is_its_loss_at_lambda_zero(lambda_zero, hook, monkeypatch):
+    loss = sd_scripts(hook, monkeypatch)
+    draws, z0 = lambda_zero[-1], hook["latents"]
+    sigma = soar.sigma_from_t(draws.t)
+    s = per_sample(sigma, z0)
+    noisy = (1 - s) * z0 + s * draws.z1
+    clean = sd3_model(noisy, 1000 * sigma, hook["cond"]) * -s + noisy
+    error = ((clean - z0) ** 2).mean([1, 2, 3]) * torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(loss, error.mean(), rtol=1e-4, atol=0)
+
+
+def test_sd_scripts_block_takes_a_soar_step(hook, monkeypatch):
+    loss = sd_scripts(hook, monkeypatch)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def diffsynth(hook):
+    """What DiffSynth-Studio's task_to_loss gives a loss, and what of the pipeline it uses."""
+    names = {}
+    exec(PAGE["DiffSynth-Studio"][0], names)
+
+    def model_fn(dit, latents, timestep, prompt_emb, use_gradient_checkpointing, **kwargs):
+        return dit(latents, timestep, prompt_emb)
+
+    sigmas = soar.sigma_from_t(torch.linspace(1, 0.001, 1000), 3.0)
+    scheduler = SimpleNamespace(sigmas=sigmas, training_weight=lambda t: 1 + t.sum() / 1000)
+    pipe = SimpleNamespace(in_iteration_models=("dit",), torch_dtype=torch.float32, device="cpu")
+    pipe.dit, pipe.model_fn, pipe.scheduler = small_model, model_fn, scheduler
+    shared = {"input_latents": hook["latents"][:1], "use_gradient_checkpointing": True}
+    text = {"prompt_emb": hook["cond"][:1]}
+    return names["soar_sft_loss"](pipe, shared, text, {"prompt_emb": text["prompt_emb"] * 0})
+
+
+def small_model(z, time, cond):
+    return sd3_model.net(z, timestep=time, encoder_hidden_states=cond, return_dict=False,
+                         pooled_projections=torch.ones(1, 8))[0]  # fmt: skip
+
+
+def test_diffsynth_block_is_its_loss_at_lambda_zero(lambda_zero, hook):
+    loss = diffsynth(hook)
+    draws = lambda_zero[-1]
+    own = flow_loss(small_model, hook["latents"][:1], draws, hook["cond"][:1], 3.0)
+    weight = 1 + soar.sigma_from_t(draws.t).item()
+    torch.testing.assert_close(loss, weight * own, rtol=1e-5, atol=0)
+
+
+def test_diffsynth_block_takes_a_soar_step(hook):
+    loss = diffsynth(hook)
+    loss.backward()
+    assert loss.isfinite() and len(gradients(sd3_model.net)) > 10
 
 
 # --- The shift --------------------------------------------------------------------------------------------------------
@@ -615,53 +955,55 @@ SCHEDULERS = {  # the published scheduler configs, the number of tokens
 }
 
 
-def run_shift(config, tokens, sigma=None):
-    """The shift block's names, for a scheduler of this config."""
+def shift_of(config, tokens):
+    """The scheduler and its shift, as the recipes have it."""
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    names = {"math": math, "pipe": SimpleNamespace(scheduler=scheduler), "num_tokens": tokens or 1, "generator": rng()}
-    names |= {"z0": torch.zeros(3, 2), "trainer_sigma": torch.tensor([0.1, 0.5, 1.0]) if sigma is None else sigma}
-    exec(PYTHON["recipes.md: The shift"], names)
-    return names
+    c = scheduler.config
+    if not c.use_dynamic_shifting:
+        return scheduler, c.shift, None
+    mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    return scheduler, math.exp(mu), mu
 
 
-def pipeline_sigmas(names):
+def flux2_levels(tokens, steps):
+    mu = compute_empirical_mu(tokens, steps)
+    scheduler = FlowMatchEulerDiscreteScheduler(**FLUX)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
+    return math.exp(mu), scheduler.sigmas[:-1]
+
+
+def pipeline_sigmas(scheduler, mu):
     """The 40 levels that the pipeline of this scheduler steps through, without the final 0."""
-    scheduler = names["pipe"].scheduler
-    given = {"sigmas": np.linspace(1.0, 1 / 40, 40), "mu": names["mu"]} if scheduler.config.use_dynamic_shifting else {}
+    given = {} if mu is None else {"sigmas": np.linspace(1.0, 1 / 40, 40), "mu": mu}
     retrieve_timesteps(scheduler, 40, "cpu", **given)
     return scheduler.sigmas[:-1]
 
 
 def shift_table() -> str:
     rows = ["| scheduler | shift | largest difference |", "| --- | --- | --- |"]
+    found = {}
     for name, (config, tokens) in SCHEDULERS.items():
-        names = run_shift(config, tokens)
-        ours = soar.sigma_from_t(1 - torch.arange(40) / 40, names["config"].shift)
-        difference = (pipeline_sigmas(names) - ours).abs().max().item()
-        rows.append(f"| {name} | {names['config'].shift:.3f} | {difference:.3f} |")
+        scheduler, shift, mu = shift_of(config, tokens)
+        found[name] = shift, pipeline_sigmas(scheduler, mu)
+    found["Flux.2-dev, 1024 x 1024"] = flux2_levels(4096, 40)
+    for name, (shift, theirs) in found.items():
+        ours = soar.sigma_from_t(1 - torch.arange(40) / 40, shift)
+        rows.append(f"| {name} | {shift:.3f} | {(theirs - ours).abs().max().item():.3f} |")
     return "\n".join(rows)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_shift_gives_the_pipelines_noise_levels(name):
     config, tokens = SCHEDULERS[name]
-    names = run_shift(config, tokens)
-    shift, scheduler = names["config"].shift, names["pipe"].scheduler
-    theirs, t = pipeline_sigmas(names), 1 - torch.arange(40, dtype=torch.float64) / 40
+    scheduler, shift, mu = shift_of(config, tokens)
+    theirs, t = pipeline_sigmas(scheduler, mu), 1 - torch.arange(40, dtype=torch.float64) / 40
     if tokens is None:  # its own spacing
         t = torch.linspace(1, scheduler.sigma_min, 40, dtype=torch.float64)
     ours = soar.sigma_from_t(t, shift)
     if config.get("shift_terminal"):  # its stretch, of ours
         ours = 1 - (1 - ours) * (1 - 0.02) / (1 - ours[-1])
     torch.testing.assert_close(theirs.double(), ours, rtol=1e-6, atol=1e-7)
-
-
-def test_shift_block_keeps_a_trainers_own_noise_levels():
-    sigma = torch.tensor([0.2, 0.7, 1.0])
-    names = run_shift(FLUX, 4096, sigma)
-    levels = soar.sigma_from_t(names["draws"].t, names["config"].shift)
-    torch.testing.assert_close(levels, sigma)
-    assert run_shift(FLUX, 4096, torch.zeros(3))["draws"].t.tolist() == pytest.approx([names["config"].t_min] * 3)
 
 
 # --- check_velocity ---------------------------------------------------------------------------------------------------
@@ -770,7 +1112,8 @@ def table_of(name: str) -> str:
 
 
 def test_tables_are_what_is_found(world):
-    for name, found in {"shift": shift_table(), "adapters": adapters_table(world)}.items():
+    tables = {"shift": shift_table(), "adapters": adapters_table(world), "port": test_check_port.table()}
+    for name, found in tables.items():
         written = table_of(name)
         refresh = "python -m experiments.tests.test_recipes writes it anew"
         assert same_up_to_digits(written, found), f"table {name} of recipes.md is not this; {refresh}:\n{found}"
@@ -780,8 +1123,7 @@ def test_the_block_that_checks_an_adapter_runs(world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "check_velocity", check_velocity_module)
     names = {"transformer": world.transformer, "velocity": world.right, "generator": rng()}
     names |= {"z0": world.z0, "cond": world.cond, "uncond": world.uncond}
-    exec(PYTHON["recipes.md: SOAR in other trainers"], names)
-    world.transformer.eval()
+    exec(PYTHON["recipes.md: Is the adapter right?"], names)
     assert capsys.readouterr().out == f"the adapter fits: relative error {names['error']:.2f}\n"
     assert 0.05 < names["error"] < 0.2
 
@@ -894,7 +1236,9 @@ def test_commands_in_the_pages_have_flags_that_exist():
 
 def main() -> None:
     text = RECIPES.read_text()
-    for name, table in {"shift": shift_table(), "adapters": adapters_table(World())}.items():
+    tables = {"shift": shift_table(), "adapters": adapters_table(World())}
+    tables["port"] = test_check_port.table()
+    for name, table in tables.items():
         text = text.replace(f"<!-- table: {name} -->\n{table_of(name)}", f"<!-- table: {name} -->\n{table}\n", 1)
         text = text.replace("\n\n<!-- end -->", "\n<!-- end -->")
     RECIPES.write_text(text)
