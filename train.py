@@ -469,7 +469,8 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[own.profile.xcolor_space]
-        if (image.mode == "CMYK") != (mode == "CMYK"):
+        grey, inks = image.mode in ("1", "L"), image.mode == "CMYK"
+        if not {"RGB": not inks, "L": grey, "CMYK": inks}[mode]:
             raise ValueError(f"it is for {mode}, the pixels are {image.mode}")
         srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image.convert(mode), own, srgb, outputMode="RGB")

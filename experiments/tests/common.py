@@ -2,12 +2,17 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 import train
 from experiments.sft_vs_soar import World, load_world
@@ -70,6 +75,32 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
 
 def launch(processes: int, script: str, *words: str, **flags) -> subprocess.CompletedProcess:
     return finish(start(processes, script, *words, **flags))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocessing.Process]:
+    """Ranks that call action under torchrun's variables, or a single process without them. They are forked from this
+    process, which spares each 7 s of imports, and have one thread. What rank r prints goes to log.r."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+
+    def rank_main(rank: int) -> None:
+        if count > 1:
+            os.environ |= address | {"RANK": str(rank)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)
+        sys.stdout = sys.stderr = log.with_suffix(f".{rank}").open("w", buffering=1)
+        action()
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def copy_pairs(rows: range, path: Path) -> Path:

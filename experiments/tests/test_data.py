@@ -8,11 +8,13 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,7 +22,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 import train
-from experiments.tests.common import ROOT, train_args
+from experiments.tests.common import ROOT, fork, train_args
 
 WHITE, HALF = (255, 255, 255), (255, 127, 127)
 
@@ -106,7 +108,8 @@ def same_pairs(pairs: train.Pairs, reference: train.Pairs) -> None:
 
 def test_folder_gives_its_pairs_in_order(folder, reference):
     assert captions(reference) == [f"picture {i}" for i in range(8)]
-    middle = Image.open(folder / "0.png").resize((64, 64), Image.Resampling.LANCZOS, (0, 16, 40, 56))
+    box = (0, 16, 40, 56)  # the middle
+    middle = Image.open(folder / "0.png").resize((64, 64), Image.Resampling.LANCZOS, box)
     expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
     assert (reference[0, 1, 0][0] - expected).abs().max() < 1e-5
     assert "8 of 8" in reference.report and "8 are smaller than 64 pixels" in reference.report
@@ -163,6 +166,56 @@ def test_sidecars_give_the_pairs_of_the_folder(tmp_path, folder, reference):
     assert captions(pairs) == ["listed"] and "7 images without a row" in pairs.report
 
 
+def test_sidecar_that_is_no_text_is_refused_by_name(tmp_path):
+    write_images(tmp_path / "x", count=2)
+    (tmp_path / "x/0.png").rename(tmp_path / "x/0.PNG")
+    (tmp_path / "x/0.txt").write_bytes(b"\xef\xbb\xbfpicture 0")  # with a byte order mark
+    (tmp_path / "x/1.txt").write_bytes(b"\xff\xfe\0")
+    refused(tmp_path / "x", "1.txt")
+    (tmp_path / "x/1.txt").write_text("")
+    assert captions(read(tmp_path / "x", on_bad_row="skip")) == ["picture 0"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_file_of_any_kind_may_lie_above_its_images(tmp_path, kind):
+    write_images(tmp_path / "x/a", count=2)
+    write_images(tmp_path / "x/train", count=1, first=2)
+    names, file = ["train/2.png", "a/0.png", "a/1.png"], tmp_path / f"x/metadata.{kind}"
+    rows = [{"file_name": name, "text": f"of {name}"} for name in names]
+    if kind == "jsonl":
+        write_lines(file, rows)
+    elif kind == "csv":
+        lines = [f"{row['file_name']},{row['text']}" for row in rows]
+        file.write_text("\n".join(["file_name,text", *lines]) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert captions(read(tmp_path / "x")) == ["of a/0.png", "of a/1.png", "of train/2.png"]
+    rows[1]["file_name"] = "../elsewhere.png"
+    noise_image(0).save(tmp_path / "elsewhere.png")
+    if kind == "jsonl":
+        write_lines(file, rows)
+        refused(tmp_path / "x", "1 of 3 rows", "elsewhere.png, outside")
+
+
+def test_name_that_is_no_local_path_is_a_hub_id(folder, monkeypatch):
+    asked = []
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": (folder / "0.png").read_bytes(), "path": None}], "text": ["hi"]}
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict(rows, features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    words = {"dataset": "me/pictures", "output_dir": "out", "dataset_split": "validation"}
+    assert captions(train.Pairs(train_args(**words))) == ["hi"]
+    assert asked == [("me/pictures", "validation")]
+    paths = datasets.Dataset.from_dict({"image": [str(folder / "0.png")], "text": ["hi"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: paths)
+    with pytest.raises(ValueError, match="no images"):  # a stranger's paths are not followed
+        train.Pairs(train_args(**words))
+
+
 def test_images_without_captions_are_refused(tmp_path):
     write_images(tmp_path / "x")
     refused(tmp_path / "x", "no captions", "metadata.jsonl", "NAME.txt")
@@ -213,13 +266,31 @@ def test_order_of_several_metadata_files_does_not_depend_on_the_hash_seed(tmp_pa
     assert done.stdout.strip() == f"{pairs.digest} {captions(pairs)}", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("layout", ["metadata", "sidecars"])
 @pytest.mark.parametrize("names", [("bus", "train"), ("bus", "test"), ("a toy train", "dogs")])
-def test_class_folders_are_read_whole_whatever_their_names(tmp_path, names):
+def test_class_folders_are_read_whole_whatever_their_names(tmp_path, names, layout):
     for k, name in enumerate(names):
-        write_images(tmp_path / "data" / name, count=3, first=3 * k)
-        for i in range(3 * k, 3 * k + 3):
-            (tmp_path / "data" / name / f"{i}.txt").write_text(f"picture {i}")
-    assert len(read(tmp_path / "data")) == 6
+        folder = write_pairs(tmp_path / "data" / name, count=3, first=3 * k)
+        if layout == "sidecars":
+            (folder / "metadata.jsonl").unlink()
+            for i in range(3 * k, 3 * k + 3):
+                (folder / f"{i}.txt").write_text(f"picture {i}")
+    pairs = read(tmp_path / "data")
+    assert sorted(captions(pairs)) == [f"picture {i}" for i in range(6)]
+    assert "left out: " not in pairs.report.replace("left out by", "")
+
+
+def test_tars_of_a_folder_are_read_whole_whatever_their_names(tmp_path, folder):
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(("part-0", "train-extra", "test")):
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+        with tarfile.open(tmp_path / "data" / f"{name}.tar", "w") as tar:
+            tar.add(folder / f"{i}.png", f"{i}.png")
+            tar.add(tmp_path / f"{i}.txt", f"{i}.txt")
+    pairs = read(tmp_path / "data", image_column="png", caption_column="txt")
+    assert captions(pairs) == ["picture 0", "picture 2", "picture 1"]  # by name
+    (tmp_path / "data/x.parquet").touch()
+    refused(tmp_path / "data", "several kinds", ".parquet, .tar")
 
 
 @pytest.mark.parametrize("names", [("part-0", "train-extra"), ("test", "dev"), ("eval", "b")])
@@ -262,8 +333,9 @@ def test_hidden_images_and_images_without_a_row_are_counted(tmp_path):
     folder = write_pairs(tmp_path / "pairs", count=3)
     write_images(folder / ".trash", count=2, first=10)
     write_images(folder, count=1, first=20)
+    (folder / "linked").symlink_to(write_images(tmp_path / "elsewhere", count=1)[0].parent)
     report = read(folder).report
-    assert "2 hidden images" in report and ".trash/10.png" in report
+    assert "3 hidden images or linked folders" in report and ".trash/10.png" in report
     assert "1 images without a row" in report and "20.png" in report
 
 
@@ -390,6 +462,85 @@ def test_checks_are_kept_until_an_image_is_removed_put_back_or_replaced(tmp_path
         after[3, 1, 0]
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_parquet_that_changes_is_read_and_checked_again(tmp_path, inside):
+    paths = write_images(tmp_path, count=4)
+
+    def write(paths: list[Path]) -> None:
+        cells = [{"bytes": x.read_bytes() if inside else None, "path": x.name} for x in paths]
+        table = pyarrow.table({"image": cells, "text": list("abcd")})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+
+    write(paths)
+    before = read(tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet").digest == before.digest
+    if inside:
+        write(paths[::-1])
+    else:
+        for path in paths:
+            noise_image(99).save(path)
+    after = read(tmp_path / "rows.parquet")
+    assert after.digest != before.digest and captions(after) == list("abcd")
+    if not inside:
+        paths[2].unlink()
+        refused(tmp_path / "rows.parquet", "1 of 4 rows", "row 2 (2.png)")
+
+
+def test_digest_is_of_pixels_captions_and_their_order(tmp_path, folder, reference):
+    rows = [{"image": str(folder / f"{i}.png"), "text": f"picture {i}"} for i in range(8)]
+    found = {reference.digest}
+    for changed in (rows, rows[::-1], [rows[0] | {"text": "other"}, *rows[1:]], rows[1:]):
+        found.add(read(write_lines(folder / "rows.jsonl", changed)).digest)
+    (folder / "rows.jsonl").unlink()
+    assert len(found) == 4  # the first is the folder's own
+
+
+@pytest.mark.parametrize("fault", ["none", "fewer", "other pixels"])
+def test_nodes_with_data_of_their_own_must_see_the_same(tmp_path, fault):
+    folders = [write_pairs(tmp_path / name) for name in ("a", "b")]
+    if fault == "fewer":
+        damage(folders[1], 2, "missing")
+    elif fault == "other pixels":
+        noise_image(99).save(folders[1] / "2.png")
+
+    def load() -> None:
+        rank, _, _ = train.init_distributed()
+        hosts = torch.distributed.new_group(backend="gloo")
+        flags = {"dataset": folders[rank], "output_dir": "out", "train_batch_size": 1}
+        train.load_pairs(train_args(on_bad_row="skip", **flags), hosts)
+
+    ranks = fork(2, load, tmp_path / "log")
+    for rank in ranks:
+        rank.join(60)
+    said = (tmp_path / "log.0").read_text()
+    expected = [0, 0] if fault == "none" else [1, 1]
+    assert [rank.exitcode for rank in ranks] == expected, said
+    if fault != "none":
+        counts = "8 and 7 pairs" if fault == "fewer" else "8 and 8 pairs"
+        assert "ranks 0 and 1" in said and counts in said
+
+
+def test_kill_9_during_the_row_check_leaves_no_process(tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    noise_image(0, (1500, 1500)).save(folder / "0.png", compress_level=1)
+    for i in range(1, 600):
+        os.link(folder / "0.png", folder / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(600)]
+    write_lines(folder / "metadata.jsonl", rows)
+    (process,) = fork(1, lambda: read(folder), tmp_path / "log")
+    parent, workers = psutil.Process(process.pid), []
+    expected = min(2, len(os.sched_getaffinity(0)))
+    while len(workers) < expected:
+        assert process.is_alive(), (tmp_path / "log.0").read_text()
+        time.sleep(0.02)
+        workers = parent.children()
+    process.kill()
+    process.join()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+
+
 @pytest.mark.parametrize("kind", ["uint8", "decimal", "double", "csv"])
 def test_rows_are_kept_by_numbers_of_any_type(tmp_path, kind):
     folder = write_pairs(tmp_path / "pairs")
@@ -402,7 +553,8 @@ def test_rows_are_kept_by_numbers_of_any_type(tmp_path, kind):
     else:
         if kind == "decimal":
             numbers = [None if x is None else Decimal(x) for x in numbers]
-        types = {"uint8": pyarrow.uint8(), "decimal": pyarrow.decimal128(5, 1), "double": pyarrow.float64()}
+        types = {"uint8": pyarrow.uint8(), "double": pyarrow.float64()}
+        types["decimal"] = pyarrow.decimal128(5, 1)
         scores = pyarrow.array(numbers, types[kind])
         table = pyarrow.table(
             {"image": content, "text": [f"picture {i}" for i in range(8)], "score": scores}
@@ -411,7 +563,9 @@ def test_rows_are_kept_by_numbers_of_any_type(tmp_path, kind):
         pyarrow.parquet.write_table(table, dataset)
     pairs = read(dataset, min=("score=3",))
     assert pairs.numbers == [3, 4, 5, 6, 7] and "3 left out by --min" in pairs.report
-    assert captions(pairs)[0] == "picture 3" and captions(read(dataset, min=("score=3.5",)))[0] == "picture 5"
+    assert captions(pairs)[0] == "picture 3"
+    assert captions(read(dataset, min=("score=3.5",)))[0] == "picture 5"
+    assert captions(read(dataset, min=("score=3", "score=250")))[0] == "picture 7"
 
 
 def test_dropped_captions_are_a_function_of_seed_step_and_sample(folder):
@@ -466,23 +620,49 @@ def fixed(x: float) -> bytes:
     return struct.pack(">i", round(x * 65536))
 
 
-def rgb_profile(gamma: float, colorants: list[tuple[float, float, float]]) -> bytes:
-    """A matrix profile of the ICC's version 2: XYZ (D50) of red, green and blue, one gamma."""
-    xyz = [b"XYZ \0\0\0\0" + b"".join(map(fixed, x)) for x in [(0.9642, 1.0, 0.8249), *colorants]]
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    text = b"text\0\0\0\0none\0\0\0\0"
+def curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def icc_profile(kind: bytes, space: bytes, connection: bytes, tags: dict[str, bytes]) -> bytes:
+    """A profile of ICC's version 2 with these tags; the white is D50."""
+    white = b"".join(map(fixed, (0.9642, 1.0, 0.8249)))
     description = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78
-    names = ("wtpt", "rXYZ", "gXYZ", "bXYZ", "rTRC", "gTRC", "bTRC", "cprt", "desc")
-    contents = [*xyz, curve, curve, curve, text, description]
-    table, body, offset = b"", b"", 128 + 4 + 12 * len(names)
-    for name, content in zip(names, contents):
-        content += b"\0" * (-len(content) % 4)
-        table += name.encode() + struct.pack(">II", offset + len(body), len(content))
-        body += content
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
-    header += b"\0" * 12 + b"acsp" + b"\0" * 28 + b"".join(map(fixed, (0.9642, 1.0, 0.8249)))
+    tags = {"wtpt": b"XYZ \0\0\0\0" + white, "cprt": b"text\0\0\0\0none\0", **tags}
+    tags["desc"] = description
+    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        place = offset + len(body)
+        table += name.encode() + struct.pack(">II", place, len(content))
+        body += content + b"\0" * (-len(content) % 4)
+    header = struct.pack(">I4sI", offset + len(body), b"lcms", 0x02100000)
+    header += kind + space + connection + b"\0" * 12 + b"acsp" + b"\0" * 28 + white
     header += b"\0" * (128 - len(header))
-    return header + struct.pack(">I", len(names)) + table + body
+    return header + struct.pack(">I", len(tags)) + table + body
+
+
+def rgb_profile(gamma: float, colorants: list[tuple[float, float, float]]) -> bytes:
+    """A screen of one gamma and of these XYZ of red, green and blue."""
+    tags = {}
+    for name, xyz in zip("rgb", colorants):
+        tags[f"{name}XYZ"] = b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz))
+        tags[f"{name}TRC"] = curve(gamma)
+    return icc_profile(b"mntr", b"RGB ", b"XYZ ", tags)
+
+
+def grey_profile(gamma: float) -> bytes:
+    return icc_profile(b"mntr", b"GRAY", b"XYZ ", {"kTRC": curve(gamma)})
+
+
+def cmyk_profile(colors: dict[tuple, tuple[int, int, int]]) -> bytes:
+    """A printer whose inks, (C, M, Y, K) of 0 or 1, give these L, a + 128, b + 128, or else black;
+    a table of 2 points per ink with ICC's type lut8."""
+    identity = bytes(range(256))
+    matrix = b"".join(fixed(x) for x in (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    corners = [tuple(map(int, f"{i:04b}")) for i in range(16)]
+    points = b"".join(bytes(colors.get(corner, (0, 128, 128))) for corner in corners)
+    lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + matrix + 4 * identity + points + 3 * identity
+    return icc_profile(b"prtr", b"CMYK", b"Lab ", {"A2B0": lut})
 
 
 # Adobe RGB (1998): colorants under D50, gamma 563/256.
@@ -498,15 +678,41 @@ def test_adobe_rgb_becomes_srgb(tmp_path, alpha):
     assert np.abs(rgb_of(tmp_path / "x.png") - expected).max() <= 2
 
 
-def test_grey_and_srgb_profiles_change_nothing_and_one_of_other_colours_is_refused(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_of_a_linear_profile_becomes_srgb(tmp_path, mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), 77 * 257, np.uint16))
+    else:
+        image = Image.new(mode, (8, 8), 77 if mode == "L" else (77, 255))
+    image.save(tmp_path / "x.png", icc_profile=grey_profile(1.0))
+    expected = 255 * (1.055 * (77 / 255) ** (1 / 2.4) - 0.055)  # 149.6
+    assert np.abs(rgb_of(tmp_path / "x.png") - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk_becomes_srgb_by_its_profile(tmp_path, kind):
+    image = Image.new("CMYK", (16, 8), (255, 0, 0, 0))
+    image.paste((0, 0, 0, 0), (8, 0, 16, 8))
+    red = (138, 209, 198)  # sRGB's in Lab
+    profile = cmyk_profile({(1, 0, 0, 0): red, (0, 0, 0, 0): (255, 128, 128)})
+    image.save(tmp_path / "x", kind, icc_profile=profile)
+    rgb = rgb_of(tmp_path / "x")
+    assert np.abs(rgb[:, :8] - (255, 0, 0)).max() <= 6 and np.abs(rgb[:, 8:] - 255).max() <= 2
+
+
+def test_srgb_profile_changes_nothing_and_one_of_other_channels_is_refused(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     noise_image(0).save(tmp_path / "x.png", icc_profile=srgb)
-    assert np.abs(rgb_of(tmp_path / "x.png") - np.asarray(noise_image(0)).astype(int)).max() <= 1
+    noise = np.asarray(noise_image(0)).astype(int)
+    assert np.abs(rgb_of(tmp_path / "x.png") - noise).max() <= 1
     Image.new("L", (8, 8), 77).save(tmp_path / "grey.png", icc_profile=srgb)
     assert np.abs(rgb_of(tmp_path / "grey.png") - 77).max() <= 1
     Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "x.tif", icc_profile=srgb)
-    with pytest.raises(ValueError, match="RGB.*CMYK"):
-        rgb_of(tmp_path / "x.tif")
+    noise_image(0).save(tmp_path / "y.tif", icc_profile=cmyk_profile({}))
+    noise_image(0).save(tmp_path / "z.tif", icc_profile=grey_profile(1.0))  # would lose its colours
+    for name, words in (("x", "RGB.*CMYK"), ("y", "CMYK.*RGB"), ("z", "for L.*RGB")):
+        with pytest.raises(ValueError, match=words):
+            rgb_of(tmp_path / f"{name}.tif")
 
 
 def test_png_with_a_long_text_chunk_is_read(tmp_path):

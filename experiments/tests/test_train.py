@@ -1,6 +1,11 @@
-"""train.py on the small Stable Diffusion 3 pipeline of experiments/shapes_data."""
+"""train.py on the small Stable Diffusion 3 pipeline of experiments/shapes_data.
+
+A process that starts up imports diffusers for 7 s. So runs are calls in this process, or ranks
+forked from it, where needed by torchrun's own agent; one run is started as a user starts it.
+"""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -8,11 +13,13 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 import traceback
 import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing import Process
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -23,17 +30,32 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
 from experiments.shapes import DATA, PAIRS
-from experiments.tests.common import DATASET, MODEL, ROOT, finish, launch, start, train_args
+from experiments.tests.common import (
+    DATASET,
+    MODEL,
+    ROOT,
+    copy_pairs,
+    finish,
+    fork,
+    free_port,
+    launch,
+    start,
+    train_args,
+)
 from soar import SoarConfig, Term
 
 SHORT = {"learning_rate": 1e-4, "num_rollout_paths": 2, "num_aux_points": 1, "logging_steps": 1}
 SOAR = SoarConfig(num_rollout_paths=2, num_aux_points=1)
+THREE = {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}  # by two ranks
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 TIMES = {"images_per_second", "tflops_per_second", "peak_memory_gb"}
 
@@ -81,7 +103,8 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def base_weights() -> dict[str, torch.Tensor]:
-    return SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer").state_dict()
+    model = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer")
+    return model.state_dict()
 
 
 def copy_base(folder: Path) -> Path:
@@ -113,16 +136,17 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, prompts) -> Path:
-    """The same five steps at global batch 4: 1 x 4; 1 x 2 x 2 accumulated; 3 steps of 2 x 2, gone
-    on with 1 x 4."""
+    """The same five steps at global batch 4: 1 x 4, also without validation and with a line every
+    two steps; 1 x 2 x 2 accumulated; 3 steps of 2 x 2 under torchrun, gone on with 1 x 4."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {"max_train_steps": 5, "checkpointing_steps": 3}
     drawn = {"validation_prompts": prompts, "validation_steps": 3}
+    two = MODEL | DATASET | SHORT | drawn | THREE
+    torchrun = start(2, "train.py", output_dir=folder / "2x2", **two)
     run(folder / "1x4", train_batch_size=4, **flags, **drawn)
+    run(folder / "1x4, plain", train_batch_size=4, **flags | {"logging_steps": 2})
     run(folder / "1x2x2", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-    two = MODEL | DATASET | SHORT | drawn
-    two |= {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
-    done = launch(2, "train.py", output_dir=folder / "2x2", **two)
+    done = finish(torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(folder / "2x2", folder / "2x2, 1x4", symlinks=True)
     run(folder / "2x2, 1x4", train_batch_size=4, **flags)
@@ -174,7 +198,8 @@ def test_checkpoints_are_whole_and_final_is_the_last(runs):
 def test_sft_step_is_that_of_a_plain_loop_of_diffusers_and_torch(tmp_path):
     # Gradients are clipped to less than Adam's epsilon, so updates are in proportion to them.
     flags = {"lambda_aux": 0.0, "train_batch_size": 2, "adam_weight_decay": 0.5}
-    run(tmp_path / "run", max_train_steps=1, max_grad_norm=1e-6, **(flags | {"learning_rate": 1e-3}))
+    flags |= {"max_grad_norm": 1e-6, "learning_rate": 1e-3}
+    run(tmp_path / "run", max_train_steps=1, **flags)
     pipe = StableDiffusion3Pipeline.from_pretrained(DATA / "model")
     model, config = pipe.transformer, pipe.vae.config
     table = datasets.load_dataset("parquet", data_files=str(PAIRS), split="train")
@@ -211,8 +236,9 @@ def test_sft_step_is_that_of_a_plain_loop_of_diffusers_and_torch(tmp_path):
 
 def test_learning_rate_is_a_function_of_the_step_that_resume_does_not_change(tmp_path):
     flags = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4, "max_grad_norm": 1e-9}
+    flags |= {"learning_rate": 1.0, "num_aux_points": 0}
     for steps in (3, 6):
-        run(tmp_path / "run", max_train_steps=steps, num_aux_points=0, **flags | {"learning_rate": 1.0})
+        run(tmp_path / "run", max_train_steps=steps, **flags)
     assert [line["lr"] for line in lines(tmp_path / "run")] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
@@ -346,6 +372,29 @@ def test_final_that_is_a_folder_is_refused_by_name(tmp_path):
     assert (tmp_path / "run/final").resolve().name == "checkpoint-000002"
 
 
+def test_final_is_gone_while_a_run_goes_on(tmp_path, monkeypatch):
+    run(tmp_path / "run", max_train_steps=1)
+    seen, original = [], train.encode_images
+    final = tmp_path / "run/final"
+    watching = lambda *args: seen.append(final.exists()) or original(*args)  # noqa: E731
+    monkeypatch.setattr(train, "encode_images", watching)
+    run(tmp_path / "run", max_train_steps=2)
+    assert seen == [False] and final.exists()
+
+
+def test_ranks_that_do_not_see_output_dir_end_the_run(tmp_path):
+    def main() -> None:
+        own = tmp_path / os.environ["RANK"]  # as on nodes without a common disk
+        train.main(train_args(output_dir=own, **SHORT | THREE))
+
+    ranks = fork(2, main, tmp_path / "log")
+    ranks[1].join(60)
+    ranks[0].kill()  # torchrun would
+    ranks[0].join()
+    said = (tmp_path / "log.1").read_text()
+    assert ranks[1].exitcode == 1 and f"{tmp_path}/1 is not seen by rank 1" in said
+
+
 def test_disk_without_links_ends_a_run_with_a_message(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
@@ -370,8 +419,13 @@ def test_output_dir_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), train.SafetensorError("I/O")])
-def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, error):
+WRITE_ERRORS = [OSError(28, "No space left on device"), train.SafetensorError("I/O")]
+
+
+@pytest.mark.parametrize("error", WRITE_ERRORS)
+def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_whole(
+    tmp_path, monkeypatch, error
+):
     original, calls = train.save_file, []
 
     def save_file(*args):
@@ -387,6 +441,8 @@ def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_whole(tmp_pat
     assert [x.name for x in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-000001"]
     run(tmp_path / "run", **flags)
     assert len(train.checkpoints(tmp_path / "run")) == 3
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]  # the first 2 is gone
 
 
 # --- Where a run starts ---
@@ -435,7 +491,8 @@ def test_lora_run_goes_on_bit_by_bit_and_writes_what_sample_reads(lora):
     assert len(found) == 2 * (5 * 8 + 4 - 1)  # 5 blocks, 1 of them dual, the last has no add_out
     assert all(4 in x.shape for x in found.values())
     assert len(moments) == 3 * len(found) and all(".lora_" in key for key in moments)
-    grown = [x.abs().max() for key, x in found.items() if "lora_B" in key and ".4.attn.add_q" not in key]
+    unused = ".4.attn.add_q"  # the last block drops what its text queries give
+    grown = [x.abs().max() for key, x in found.items() if "lora_B" in key and unused not in key]
     assert min(grown) > 1e-3
     weights, state = sample.find_weights(str(lora / "whole/final"))
     assert weights.name == sample.LORA and state["settings"]["lora_rank"] == 4
@@ -457,6 +514,14 @@ def test_lora_file_goes_on_with_its_matrices_and_others_are_refused(lora, tmp_pa
     for name, x in trained.items():
         key = "transformer." + name.replace(".default", "")
         assert torch.equal(x, found[key]) and x.dtype == torch.float32
+    kohya = {key.replace("lora_A", "lora_down"): x for key, x in found.items()}
+    kohya = {key.replace("lora_B", "lora_up"): x for key, x in kohya.items()}
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    save_file(kohya | {f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "alpha.safetensors")
+    run(tmp_path / "a", lora_rank=4, transformer=tmp_path / "alpha.safetensors", dry_run=True)
+    for key, x in train.trained(seen.pop()).items():
+        half = 0.5 if f"{name}.lora_B" == "transformer." + key.split(".default")[0] else 1
+        assert torch.equal(x, half * found["transformer." + key.replace(".default", "")])
     refused(tmp_path / "a", "rank 4", "--lora_rank is 8", lora_rank=8, transformer=file)
     few = {key: x for key, x in found.items() if "blocks.0" not in key}
     save_file(few, tmp_path / "few.safetensors")
@@ -468,16 +533,22 @@ def test_lora_file_goes_on_with_its_matrices_and_others_are_refused(lora, tmp_pa
     assert all(torch.equal(x, merged[key]) for key, x in seen.pop().state_dict().items())
 
 
-def test_lora_of_bf16_weights_trains_float32_matrices(tmp_path, monkeypatch):
+def test_lora_of_bf16_weights_trains_float32_matrices_and_goes_on_bit_by_bit(tmp_path, monkeypatch):
     seen, original = [], train.make_ddp
     monkeypatch.setattr(train, "make_ddp", lambda model: seen.append(model) or original(model))
     flags = {"lora_rank": 4, "mixed_precision": "bf16", "learning_rate": 1e-2, "lambda_aux": 0.0}
-    run(tmp_path / "run", max_train_steps=1, **flags)
-    (model,) = seen
-    kinds = {(x.requires_grad, x.dtype) for x in model.parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    found = load_file(tmp_path / "run/final" / sample.LORA)
+    run(tmp_path / "whole", max_train_steps=2, gradient_checkpointing=True, **flags)
+    for steps in (1, 2):
+        run(tmp_path / "parts", max_train_steps=steps, **flags)
+    for model in seen:
+        kinds = {(x.requires_grad, x.dtype) for x in model.parameters()}
+        assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    found = load_file(tmp_path / "whole/final" / sample.LORA)
     assert max(x.abs().max() for key, x in found.items() if "lora_B" in key) > 1e-3
+    assert equal(tmp_path / "whole/final" / sample.LORA, tmp_path / "parts/final" / sample.LORA)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    other = flags | {"lora_rank": 8}
+    refused(tmp_path / "parts", "lora_rank was 4, is 8", max_train_steps=2, **other)
 
 
 def test_text_encoders_stay_on_their_device_and_embeddings_move():
@@ -555,7 +626,8 @@ def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
 
     class Casts(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            weight = isinstance(args[0], torch.nn.Parameter) if args else False
+            if weight and function is torch.ops.aten._to_copy.default:
                 casts.append(args[0].shape)
             return function(*args, **(kwargs or {}))
 
@@ -570,6 +642,45 @@ def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
     casts.clear()
     run(tmp_path / "two", **flags)
     assert once > 0 and len(casts) == once
+
+
+@pytest.mark.parametrize(
+    "flags", [{"num_aux_points": 3}, {"lambda_aux": 0.0}, {"guidance_scale": 1.0}, {"lora_rank": 4}]
+)
+def test_operations_of_a_step_are_those_that_it_runs(tmp_path, monkeypatch, flags):
+    counted, expected, backward, flops = [], [], train.backward, train.count_flops
+
+    def counting(*args):
+        with FlopCounterMode(display=False) as counter:
+            backward(*args)
+        counted.append(counter.get_total_flops())
+
+    monkeypatch.setattr(train, "backward", counting)
+    monkeypatch.setattr(train, "count_flops", lambda *x: expected.append(flops(*x)) or expected[0])
+    batch = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    run(tmp_path / "run", max_train_steps=1, **batch | flags)
+    # Backwards are taken for twice a forward (once with LoRA), which they are to some percent.
+    assert expected[0] == pytest.approx(sum(counted), rel=0.06)
+
+
+def test_speed_is_that_of_the_steps_since_the_last_line(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
+    state = SimpleNamespace(world_size=2, device=torch.device("cuda"), start=100)
+    args = train_args(output_dir="o", train_batch_size=3, mixed_precision="bf16")
+    meter = train.Meter(args, state, flops=1978e12)
+    now[0] = 14.0
+    line = {"images_per_second": 6 * 2, "tflops_per_second": 2 * 1978.0, "peak_memory_gb": 5.0}
+    assert meter.line(108) == line | {"mfu": 2.0}  # 8 steps in 4 s, on two GPUs of 989 TFLOP/s
+    meter.restart(108)
+    now[0] = 15.0
+    assert meter.line(109)["images_per_second"] == 6
+    state.device = torch.device("cpu")
+    meter = train.Meter(args, state, flops=1.0)
+    now[0] = 16.0
+    assert "mfu" not in meter.line(101)
 
 
 class Waits(TorchDispatchMode):
@@ -666,12 +777,26 @@ def test_gradients_are_views_of_ddps_buckets_from_the_first_step_on(tmp_path, mo
     assert len(places) == 4 and all(x == places[0] for x in places)
 
 
-def test_compiled_blocks_train_as_eager_ones(tmp_path):
-    flags = {"max_train_steps": 1, "train_batch_size": 1, "num_rollout_paths": 1}
-    run(tmp_path / "eager", **flags)
-    run(tmp_path / "compiled", compile=True, **flags)
-    (eager,), (compiled,) = lines(tmp_path / "eager"), lines(tmp_path / "compiled")
-    assert compiled == pytest.approx(eager, rel=1e-4)
+def test_compiled_blocks_give_the_same_steps_from_one_graph_for_each_kind_of_block(
+    tmp_path, runs, prompts, monkeypatch
+):
+    graphs, original = [], torch.nn.Module.compile
+
+    def eager(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_eager(self, **options):
+        original(self, backend=eager, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eager)
+    torch.compiler.reset()
+    flags = {"validation_prompts": prompts, "validation_steps": 1, "train_batch_size": 4}
+    run(tmp_path / "run", compile=True, max_train_steps=2, **flags)
+    torch.compiler.reset()
+    assert len(graphs) == 6  # dual attention, plain, the last; with gradients and without
+    for a, b in zip(lines(tmp_path / "run"), lines(runs / "1x4")[:2], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
 
 
 # --- Which rank sees what ---
@@ -688,12 +813,14 @@ def test_every_pair_is_seen_once_an_epoch_and_ranks_share_none():
         keys = [key for batches in parts for batch in batches for key in batch]
         seen = [row for row, _, _ in keys]
         assert len(seen) == len(set(seen)) == 36 and set(seen) <= set(range(rows))
-        assert {key[1:] for key in keys} == {(3 * epoch + s, i) for s in (1, 2, 3) for i in range(12)}
+        steps = range(3 * epoch + 1, 3 * epoch + 4)
+        assert {key[1:] for key in keys} == {(step, i) for step in steps for i in range(12)}
         epochs.append(seen)
     assert set(epochs[0]) != set(epochs[1])
     whole = train_args(output_dir="x", train_batch_size=12, max_train_steps=7)
     (first, *_) = train.batch_keys(rows, whole, 0, 1, 0)
-    assert sorted(first) == sorted(key for batches in per_rank for batch in batches[:3] for key in batch)
+    parts = [batches[:3] for batches in per_rank]
+    assert sorted(first) == sorted(key for batches in parts for batch in batches for key in batch)
     late = [list(train.batch_keys(rows, args, rank, world_size, 5)) for rank in range(world_size)]
     assert late == [batches[15:] for batches in per_rank]
 
@@ -729,11 +856,12 @@ def test_ranks_take_different_noise_and_together_the_global_batchs():
 
 
 def test_every_flag_is_read():
-    nodes = [x for x in ast.walk(ast.parse(inspect.getsource(train))) if isinstance(x, ast.Attribute)]
-    read = {node.attr for node in nodes if ast.unparse(node.value) != "self"}
-    checks = {node.attr for node in nodes if ast.unparse(node.value) == "self.args"}
+    tree = ast.parse(inspect.getsource(train))
+    nodes = [x for x in ast.walk(tree) if isinstance(x, ast.Attribute)]
+    read = {node.attr for node in nodes if ast.unparse(node.value) != "self"}  # not its own check
+    read |= {"min"} if "minima" in read else set()
     for kind in (train.Args, train.TrainingConfig, train.RestConfig):
-        assert {field.name for field in dataclasses.fields(kind)} - {"min"} <= read | checks
+        assert {field.name for field in dataclasses.fields(kind)} <= read
 
 
 def test_defaults_are_the_published_ones():
@@ -783,6 +911,12 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, bad, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_global_batch_may_be_all_pairs_and_no_more(tmp_path):
+    flags = {"dataset": copy_pairs(range(3), tmp_path / "three.parquet"), "max_train_steps": 2}
+    refused(tmp_path / "run", "3 pairs", "4", train_batch_size=4, **flags)
+    run(tmp_path / "run", train_batch_size=3, **flags)
+
+
 # --- Faults ---
 
 
@@ -823,126 +957,131 @@ def test_signal_ends_the_run_after_the_step_with_a_checkpoint_to_go_on_from(
     assert same_weights(tmp_path / "run/final", runs / "1x4/final")
 
 
-def long_run(folder: Path, processes: int, **flags) -> subprocess.Popen:
-    """A run that has made two steps, and would make many more."""
-    flags = MODEL | DATASET | SHORT | {"max_train_steps": 5000, "train_batch_size": 2} | flags
-    process = start(processes, "train.py", output_dir=folder, **flags)
-    metrics = folder / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
-        if process.poll() is not None:
-            raise AssertionError(finish(process).stderr[-3000:])
-        time.sleep(0.05)
-    return process
+@contextlib.contextmanager
+def long_run(folder: Path, count: int, **flags) -> Iterator[list[Process]]:
+    """The ranks of a run that has made two steps and would make many more; log.r beside folder has
+    what rank r prints. None of them outlives this."""
+    flags = SHORT | {"train_batch_size": 2, "max_train_steps": 5000} | flags
+    args = train_args(output_dir=folder, **flags)
+    log, metrics = folder.with_name("log"), folder / "metrics.jsonl"
+    ranks = fork(count, lambda: train.main(args), log)
+    try:
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
+            assert all(rank.is_alive() for rank in ranks), log.with_suffix(".0").read_text()
+            time.sleep(0.02)
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
-def children(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+def children(process: Process) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def none_lives(processes: list[psutil.Process]) -> bool:
+    """Workers look every 5 s whether their rank still lives."""
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    return alive == []
+
+
+@pytest.mark.parametrize("number", train.SIGNALS)
 def test_signal_to_the_whole_process_tree_saves_a_checkpoint_and_leaves_no_worker(tmp_path, number):
-    process = long_run(tmp_path / "run", 1, dataloader_num_workers=2)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    for each in (*workers, psutil.Process(process.pid)):  # the workers first
-        each.send_signal(number)
-    done = finish(process)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"stopped by {number.name}" in done.stdout
-    assert len(train.checkpoints(tmp_path / "run")) == 1
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert alive == []
+    with long_run(tmp_path / "run", 1, dataloader_num_workers=2) as (rank,):
+        workers = children(rank)
+        assert len(workers) == 2
+        for worker in workers:
+            worker.send_signal(number)
+        time.sleep(0.2)  # the rank makes steps while its workers have the signal already
+        os.kill(rank.pid, number)
+        rank.join(60)
+        said = (tmp_path / "log.0").read_text()
+        assert rank.exitcode == 0, said
+    (checkpoint,) = train.checkpoints(tmp_path / "run")
+    step = int(checkpoint.name[-6:])
+    assert f"stopped by {number.name} after step {step}" in said
+    assert len(lines(tmp_path / "run")) == step
+    assert none_lives(workers)
 
 
 def test_signal_to_one_rank_stops_all_and_a_second_run_is_refused_meanwhile(tmp_path):
-    process = long_run(tmp_path / "run", 2)
-    try:
-        refused_run = launch(1, "train.py", output_dir=tmp_path / "run", **MODEL | DATASET | SHORT
-                             | {"train_batch_size": 4, "max_train_steps": 5000})  # fmt: skip
-        ranks = [x.pid for x in children(process.pid) if "train.py" in x.cmdline()]
-        assert refused_run.returncode != 0
-        named = [pid for pid in ranks if f"process {pid}" in refused_run.stderr]
-        assert len(ranks) == 2 and len(named) == 1 and "in use" in refused_run.stderr
-        os.kill(ranks[1], signal.SIGUSR1)
-    finally:
-        done = finish(process)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with long_run(tmp_path / "run", 2) as ranks:
+        other = {"train_batch_size": 4, "max_train_steps": 5000}
+        words = ("in use", f"process {ranks[0].pid} ")
+        refused(tmp_path / "run", *words, kind=RuntimeError, **other)
+        os.kill(ranks[1].pid, signal.SIGUSR1)
+        for rank in ranks:
+            rank.join(60)
+        said = (tmp_path / "log.0").read_text()
+        assert [rank.exitcode for rank in ranks] == [0, 0], said
     (checkpoint,) = train.checkpoints(tmp_path / "run")
     step = int(checkpoint.name[-6:])
-    assert f"stopped by SIGUSR1 after step {step}" in done.stdout
+    assert f"stopped by SIGUSR1 after step {step}" in said
     assert len(lines(tmp_path / "run")) == step < 5000
+    assert "stopped" not in (tmp_path / "log.1").read_text()
 
 
 def test_lock_is_free_at_once_after_kill_9_though_workers_may_live(tmp_path):
-    process = long_run(tmp_path / "run", 1, dataloader_num_workers=2)
-    workers = children(process.pid)
-    process.kill()
-    process.communicate()
-    with train.locked(tmp_path / "run"):
-        pass
-    _, alive = psutil.wait_procs(workers, timeout=15)
-    assert alive == []
+    with long_run(tmp_path / "run", 1, dataloader_num_workers=2) as (rank,):
+        workers = children(rank)
+        rank.kill()
+        rank.join()
+        with train.locked(tmp_path / "run"):
+            pass
+    assert len(workers) == 2 and none_lives(workers)
 
 
-def test_kill_9_during_the_row_check_leaves_no_process(tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
-    Image.fromarray(image).save(folder / "0.png", compress_level=1)
-    for i in range(1, 600):
-        os.link(folder / "0.png", folder / f"{i}.png")
-    rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(600)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = MODEL | DATASET | {"dataset": folder}
-    process = start(1, "train.py", output_dir=tmp_path / "run", **flags)
-    deadline = time.time() + 60
-    while len(children(process.pid)) < 2:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    workers = children(process.pid)
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(workers, timeout=15)
-    assert alive == []
+def agents(count: int, action: Callable[[], None], folder: Path, **settings) -> list[Process]:
+    """torchrun's agents, one for each node, forked from this process, which fork ranks that call
+    action. What they print goes to 0.0, 1.0, ... in folder."""
+    name = f"localhost:{free_port()}"
+    config = LaunchConfig(
+        count, count, run_id=name, rdzv_backend="c10d", rdzv_endpoint=name, start_method="fork",
+        **settings,
+    )  # fmt: skip
+    found = []
+    for i in range(count):
+        found += fork(1, lambda: elastic_launch(config, record(action))(), folder / str(i))
+    for agent in found:
+        agent.join(100)
+        agent.kill()
+    return found
+
+
+def test_two_nodes_train_as_one(tmp_path, runs):
+    args = train_args(output_dir=tmp_path / "run", **SHORT | THREE)
+    both = agents(2, lambda: train.main(args), tmp_path, nproc_per_node=1)
+    assert [agent.exitcode for agent in both] == [0, 0], (tmp_path / "0.0").read_text()
+    assert lines(tmp_path / "run") == lines(runs / "2x2")
 
 
 def test_rank_that_raises_ends_all_and_torchrun_restarts_from_the_last_checkpoint(tmp_path, runs):
-    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
-    flags = MODEL | DATASET | SHORT | flags | {"output_dir": tmp_path / "run"}
-    script = str(ROOT / "experiments/tests/crash_once.py")
-    launcher = ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    words = ["torch.distributed.run", *launcher, script, str(tmp_path / "mark"), "1", "3"]
-    done = launch(1, "-m", *words, **flags)
-    assert done.returncode == 0 and (tmp_path / "mark").exists(), done.stderr[-3000:]
-    assert "RuntimeError: rank 1 cannot go on" in done.stderr
-    assert "3, 2 done" in done.stdout  # of the second start
+    args = train_args(output_dir=tmp_path / "run", **SHORT | THREE)
+    original, calls, mark = train.encode_images, [], tmp_path / "mark"
+
+    def encode_images(*images):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1" and not mark.exists():
+            mark.touch()
+            raise RuntimeError("rank 1 cannot go on")
+        return original(*images)
+
+    def train_main() -> None:
+        train.encode_images = encode_images  # in a fork
+        train.main(args)
+
+    (agent,) = agents(1, train_main, tmp_path, nproc_per_node=2, max_restarts=0)
+    said = (tmp_path / "0.0").read_text()
+    assert agent.exitcode == 1 and "RuntimeError: rank 1 cannot go on" in said
+    assert [x.name[-1] for x in train.checkpoints(tmp_path / "run")] == ["2"]
+    shutil.rmtree(tmp_path / "run")
+    mark.unlink()
+    (agent,) = agents(1, train_main, tmp_path, nproc_per_node=2, max_restarts=1)
+    said = (tmp_path / "0.0").read_text()
+    assert agent.exitcode == 0 and mark.exists(), said
+    assert "3, 0 done" in said and "3, 2 done" in said  # of the first start and the second
     assert lines(tmp_path / "run") == lines(runs / "2x2")
-
-
-def nodes(port: int) -> list[str]:
-    words = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d"
-    return [*words.split(), "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", str(port), "train.py"]
-
-
-def test_two_nodes_train_as_one_and_are_refused_if_their_data_differ(tmp_path, runs):
-    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}
-    flags = MODEL | DATASET | SHORT | flags
-    both = [start(1, *nodes(29512), output_dir=tmp_path / "run", **flags) for _ in range(2)]
-    for done in [finish(process) for process in both]:
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert lines(tmp_path / "run") == lines(runs / "2x2")
-
-
-def test_ranks_that_see_different_data_are_refused(monkeypatch):
-    def gather(found, own, group):
-        found[0].copy_(own)
-        found[1].copy_(own + torch.tensor([1, 1]))
-
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(train.dist, "all_gather", gather)
-    monkeypatch.setattr(train.dist, "barrier", lambda group: None)
-    with pytest.raises(ValueError, match="ranks 0 and 1.*2000 and 2001 pairs"):
-        train.load_pairs(train_args(output_dir="o"), None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "gradient"])
@@ -1021,9 +1160,9 @@ def test_validation_draws_before_the_first_step_from_noise_that_stays_the_same(t
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
 
 
-def test_validation_changes_nothing_in_training(tmp_path, runs):
-    run(tmp_path / "run", train_batch_size=4, max_train_steps=3)
-    assert lines(tmp_path / "run") == lines(runs / "1x4")[:3]
+def test_validation_changes_nothing_in_training(runs):
+    assert list((runs / "1x4, plain").glob("validation*")) == []
+    assert same_weights(runs / "1x4/final", runs / "1x4, plain/final")
 
 
 def test_metrics_are_means_over_steps_terms_and_quarters_of_sigma():
@@ -1041,10 +1180,10 @@ def test_metrics_are_means_over_steps_terms_and_quarters_of_sigma():
     }  # fmt: skip
 
 
-def test_lines_are_means_over_the_steps_since_the_last(tmp_path, runs):
-    run(tmp_path / "run", train_batch_size=4, max_train_steps=5, logging_steps=2)
-    every = lines(runs / "1x4")
-    for line, pair in zip(lines(tmp_path / "run"), (every[0:2], every[2:4]), strict=True):
+def test_lines_are_means_over_the_steps_since_the_last(runs):
+    every, found = lines(runs / "1x4"), lines(runs / "1x4, plain")
+    assert [line["step"] for line in found] == [2, 4]
+    for line, pair in zip(found, (every[0:2], every[2:4]), strict=True):
         for key in ("loss", "base", "aux", "grad_norm"):
             mean = (pair[0][key] + pair[1][key]) / 2
             assert line[key] == pytest.approx(mean), key
