@@ -1,0 +1,199 @@
+"""experiments.optimum: its argument and its fixed points, through soar.py's own loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import optimum
+from experiments.optimum import Args, LinearVelocity, rows_of, sampled, solve, tables
+from sample import seeded
+from soar import SoarConfig, draw, interpolate, rollout_step, sigma_from_t, soar_terms
+
+RESULTS = Path(__file__).parents[1] / "results"
+BINS = 6
+
+
+def batch(config: SoarConfig, data_std: float, size: int, generator: torch.Generator):
+    """z0, draws, c, and no condition: of the Gaussian world."""
+    c, n = torch.randn(2, size, 1, generator=generator, dtype=torch.float64)
+    draws = draw((size, 1), config, generator)
+    t = draws.t.double().clamp(min=config.t_min)  # float32's t_min is not float64's
+    return c + data_std * n, draws._replace(t=t), c, torch.zeros_like(c)
+
+
+def callable_of(linear: LinearVelocity, tilt=None):
+    """As soar_terms takes it; tilt (2, BINS) is added to a and b, by the level's bin."""
+
+    def velocity(z, sigma, c):
+        a, b = linear(sigma)
+        if tilt is not None:
+            bins = (torch.logit(sigma) / 1.5 + BINS / 2).clamp(0, BINS - 1).long()
+            a, b = a + tilt[0, bins], b + tilt[1, bins]
+        return a[:, None] * z + b[:, None] * c
+
+    return velocity
+
+
+def soar_sum(velocity, config, *inputs):
+    return sum(term.loss for term in soar_terms(velocity, *inputs, config))
+
+
+def port_sum(velocity, config, z0, draws, c, uncond):
+    """The loss of a port that interpolates by u to z1, but says that this is level sigma_aux."""
+    z1, t, u = (x.double() for x in draws[:3])
+    t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
+    sigma, sigma_next = sigma_from_t(t), sigma_from_t(t_next)
+    z = interpolate(z0, z1, sigma)
+    total = ((velocity(z, sigma, c) - (z1 - z0)) ** 2).sum()
+    v, v_uncond = (velocity(z, sigma, x).detach() for x in (c, uncond))
+    v = v_uncond + config.guidance_scale * (v - v_uncond)
+    z_hat = rollout_step(z, v, sigma, sigma_next)
+    for weight in u[0]:
+        label = sigma_next + weight * ((config.sigma_upper_ratio * sigma).clamp(max=1) - sigma_next)
+        z_aux = torch.lerp(z_hat, z1, weight[:, None])
+        error = velocity(z_aux, label, c) - (z_aux - z0) / label[:, None]
+        total = total + config.lambda_aux * (error**2).sum()
+    return total / len(z0)
+
+
+def scores(linear, config, data_std, loss=soar_sum, repeats=60, size=4000):
+    """Of every bin's a and b: the loss's mean gradient over its standard error."""
+    gradients = []
+    for repeat in range(repeats):
+        tilt = torch.zeros(2, BINS, dtype=torch.float64, requires_grad=True)
+        inputs = batch(config, data_std, size, seeded("optimum", repeat))
+        value = loss(callable_of(linear, tilt), config, *inputs)
+        gradients.append(torch.autograd.grad(value, tilt)[0].flatten())
+    gradients = torch.stack(gradients)
+    return gradients.mean(0) / (gradients.std(0) / repeats**0.5 + 1e-30)
+
+
+@pytest.mark.parametrize("t, steps, data_std", [(0.7, 10, 0.5), (0.3, 5, 1.0), (0.1, 20, 0.3)])
+def test_average_target_at_the_exact_flow_is_the_velocity_of_the_level_before(t, steps, data_std):
+    """E[(z_hat - z0) / sigma_next | z_hat, c] = v*(z, sigma, c), not v*(z_hat, sigma_next, c)."""
+    config = SoarConfig(num_aux_points=1, num_sampling_steps=steps, guidance_scale=1.0)
+    z0, draws, c, _ = batch(config, data_std, 100_000, seeded("before"))
+    draws = draws._replace(t=torch.full_like(draws.t, t), u=torch.zeros_like(draws.u))
+    flow = LinearVelocity(data_std)
+    calls = []
+
+    def recorded(z, sigma, c):
+        calls.append((z, sigma, callable_of(flow)(z, sigma, c).requires_grad_(True)))
+        return calls[-1][2]
+
+    *_, auxiliary = soar_terms(recorded, z0, draws, c, None, config, normalizer=1.0)
+    auxiliary.loss.backward()
+    (z, sigma, before), (z_hat, sigma_next, now) = calls
+    target = (now - now.grad / 2).detach()  # the loss is (now - target)^2
+    torch.testing.assert_close(target, (z_hat - z0) / sigma_next[:, None])
+    inputs = torch.cat([z_hat, c], 1)
+
+    def scores_of(velocity):
+        """Correlation of z_hat and of c with target - velocity, in standard errors."""
+        products = inputs * (target - velocity.detach())
+        return (products.mean(0) / (products.std(0) / len(z0) ** 0.5)).abs()
+
+    assert scores_of(before).max() < 4 and scores_of(now).max() > 10
+
+
+SETTINGS = [
+    (0.5, {}),
+    (0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
+    (1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2.0}),
+    (1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False, "num_aux_points": 2}),
+    (0.5, {"num_rollout_paths": 3, "num_sampling_steps": 8, "guidance_scale": 1.5, "t_min": 0.02,
+           "num_aux_points": 2, "logit_mean": -1.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data_std, settings", SETTINGS)
+def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(data_std, settings):
+    config = SoarConfig(**settings)
+    assert scores(solve(config, data_std), config, data_std).abs().max() < 4.5
+    assert scores(LinearVelocity(data_std), config, data_std).abs().max() > 6
+
+
+def test_gradient_of_the_mislabelled_loss_vanishes_at_its_own_fixed_point():
+    config = SoarConfig(sigma_upper_ratio=1.5, guidance_scale=1.5, num_aux_points=2)
+    optima = [solve(config, 0.5, mislabelled=which) for which in (True, False)]
+    assert scores(optima[0], config, 0.5, port_sum).abs().max() < 4.5
+    assert scores(optima[1], config, 0.5, port_sum).abs().max() > 10
+
+
+@pytest.mark.parametrize("settings", [
+    {"lambda_aux": 0.0}, {"num_aux_points": 0}, {"num_sampling_steps": 10**6},
+    {"num_sampling_steps": 10**6, "num_rollout_paths": 2, "sigma_upper_ratio": 1.5},
+])  # fmt: skip
+@pytest.mark.parametrize("conditional", [True, False])
+def test_fixed_point_is_the_exact_flow_at_the_limits(settings, conditional):
+    flow = LinearVelocity(0.5, conditional)
+    optimum = solve(SoarConfig(**settings), 0.5, conditional)
+    expected = sampled(flow, 200, 4.5)
+    assert sampled(optimum, 200, 4.5) == pytest.approx(expected, abs=1e-3)
+
+
+def test_fixed_point_depends_on_lambda_times_n_alone():
+    pairs = [{"num_aux_points": n, "lambda_aux": 6 / n} for n in (1, 2, 3, 6)]
+    optima = [solve(SoarConfig(**pair), 0.5).differences for pair in pairs]
+    for other in optima[1:]:
+        torch.testing.assert_close(other, optima[0])
+
+
+GRIDS = [
+    (0.5, {}, False),
+    (0.2, {"num_sampling_steps": 20}, False),
+    (0.2, {"guidance_scale": 1.0}, False),
+    (0.2, {"sigma_upper_ratio": 1.0}, False),
+    (1.0, {"guidance_scale": 7.0, "lambda_aux": 2.0}, False),
+    (0.5, {"num_rollout_paths": 2}, False),
+    (0.5, {"sigma_upper_ratio": 1.5}, True),
+]
+
+
+@pytest.mark.parametrize("data_std, settings, mislabelled", GRIDS)
+def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings, mislabelled):
+    config = SoarConfig(**settings)
+    coarse, fine = (
+        solve(config, data_std, True, mislabelled, levels=250 * k, nodes=24 * k) for k in (1, 2)
+    )
+    for steps in (40, 200):
+        for guidance in (1.0, config.guidance_scale):
+            expected = sampled(fine, steps, guidance)
+            assert sampled(coarse, steps, guidance) == pytest.approx(expected, abs=0.003)
+
+
+def test_exact_flow_samples_the_data_in_the_limit_of_small_steps():
+    assert sampled(LinearVelocity(0.3), 20_000, 2.0) == pytest.approx((2.0, 1.0), abs=1e-3)
+
+
+def test_json_has_a_row_per_sampled_guidance(capsys):
+    optimum.main(Args(SoarConfig(guidance_scale=2.0), data_std=1.0, json=True))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = {"objective", "conditional", "data_std", "sampling_steps", "sampling_guidance"}
+    assert all(set(row) == names | {"mean_gain", "std"} for row in rows)
+    keys = ("objective", "conditional", "sampling_steps", "sampling_guidance")
+    found = [tuple(row[key] for key in keys) for row in rows]
+    both = ("flow", "soar")
+    expected = [(name, True, steps, w) for name in both for steps in (40, 200) for w in (1, 2)]
+    expected += [(name, False, steps, 1) for name in both for steps in (40, 200)]
+    assert sorted(found) == sorted(expected)
+    assert all((row["mean_gain"] is None) != row["conditional"] for row in rows)
+
+
+def test_the_page_has_the_tables_of_the_results_file_and_this_code_makes_them():
+    rows = json.loads((RESULTS / "optimum.json").read_text())
+    page = (RESULTS.parent / "optimum.md").read_text()
+    for table in tables(rows).split("\n\n"):
+        assert table.strip() in page
+    kept = [row for row in rows if row["setting"] == "K = 20" and row["rollout_guidance"] == 4.5]
+    made = rows_of(SoarConfig(num_sampling_steps=20), 0.2)
+    for row, again in zip(kept, made):
+        assert all(row[name] == pytest.approx(x, rel=1e-6) for name, x in again.items())
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_data_std_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match="--data_std"):
+        Args(data_std=bad)
