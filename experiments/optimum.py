@@ -33,7 +33,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from sample import save_whole
 from soar import (
     SoarConfig,
     correction_target,
@@ -424,7 +423,7 @@ def main(args: Args) -> None:
         print(tables(rows), end="")
         args.sweep.mkdir(parents=True, exist_ok=True)
         text = ",\n".join(map(json.dumps, rows))
-        save_whole(f"[\n{text}\n]\n", args.sweep / "optimum.json")
+        (args.sweep / "optimum.json").write_text(f"[\n{text}\n]\n")
         figure(args.sweep / "optimum.png")
         return
     rows = rows_of(args.soar, args.data_std, args.mislabelled)
