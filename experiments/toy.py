@@ -252,17 +252,22 @@ def floor(seed: int, args: Args) -> dict[str, float]:
 
 
 def run(args: Args) -> dict:
-    """{"settings", "floor": per seed, "arms": {name: per seed: guidance: measures}}."""
-    settings = {"pretrain_steps": args.pretrain_steps, "steps": args.steps, "seeds": args.seeds}
+    """{"settings", "floor": per seed, "arms": {name: per seed: guidance: measures}}; seeds that a
+    toy.json of the same settings and arms has already are not run again."""
+    settings = {"pretrain_steps": args.pretrain_steps, "steps": args.steps}
+    settings |= {"seeds": list(args.seeds)}
     settings |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate}
     settings |= {"samples": args.samples}
     result = {"settings": settings, "floor": [], "arms": {name: [] for name in args.arms}}
-    for seed in args.seeds:
+    if (args.output_dir / "toy.json").is_file():
+        before = json.loads((args.output_dir / "toy.json").read_text())
+        if before["settings"] == settings and set(before["arms"]) == set(args.arms):
+            result = before
+    for seed in args.seeds[len(result["floor"]) :]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Model()
         base = train(model, ARMS["sft"], args.pretrain_steps, seed, 1, args)
-        result["floor"].append(floor(seed, args))
         for name in args.arms:
             arm = ARMS[name]
             steps = args.steps * STEP_UNITS // arm.units if arm.equal_compute else args.steps
@@ -271,6 +276,7 @@ def run(args: Args) -> dict:
             result["arms"][name].append(row)
             distances = " ".join(f"{row[w]['distance']:.3f}" for w in ("1.0", "4.5"))
             print(f"seed {seed}, {name}: distance {distances} at guidance 1 and 4.5", flush=True)
+        result["floor"].append(floor(seed, args))
         save(result, args.output_dir)
     return result
 
