@@ -9,8 +9,9 @@ weights (of seed 0) are asked for the velocity there. Mean squared errors, over 
     on       of SFT terms at the same sigma', at the ideal state, against z1 - z0
     blind    of the velocity at the ideal state, against v_corr: of a model that does not see that it is off
     target   of v_corr against z1 - z0: what tells an auxiliary term's target from an SFT term's
-off - on is what being off the path costs, blind - off what the model mends of it. All of it for rollout steps of 1 / K
-in t, by default three K.
+off - on is what being off the path costs, blind - off what the model mends of it. All of it for
+rollout steps of 1 / K in t, by default three K. experiments/exposure.py measures the same on a model
+of your own.
 """
 
 import json
@@ -20,9 +21,10 @@ from pathlib import Path
 import torch
 import tyro
 
+from experiments.exposure import ERRORS, errors_at, points_of
 from experiments.sft_vs_soar import CPU, World, held_out, load_base, load_world
 from sample import save_whole, seeded
-from soar import SoarConfig, correction_target, draw, interpolate, soar_terms
+from soar import SoarConfig, draw, sft_loss, sigma_from_t
 from train import make_velocity
 
 
@@ -52,31 +54,23 @@ def measure(world: World, args: Args, num_sampling_steps: int) -> dict[str, dict
     """{arm: {"sft", "off", "on", "blind", "target"}}, for one K."""
     config = SoarConfig(num_sampling_steps=num_sampling_steps)
     z0, cond = held_out(world, args.pairs)
-    draws, uncond, states = draw(z0.shape, config, seeded("off_path")), world.cond([""] * args.pairs), []
+    uncond = world.cond([""] * args.pairs)
+    draws = draw(z0.shape, config, seeded("off_path"))
+    sigma = sigma_from_t(draws.t, config.shift)
 
     def velocity_of(arm: str):
         model = load_base(world, None if arm == "base" else args.folder / f"{arm}-0.safetensors")
         return make_velocity(model, CPU, False)
 
-    base = velocity_of("base")
-
-    def recorded(z, sigma, c):
-        states.append((z, sigma))
-        return base(z, sigma, c)
-
-    list(soar_terms(recorded, z0, draws, cond, uncond, config))
-    (z, sigma0), _, *points = states  # the second forward is the unconditional one
-    mse = lambda a, b: float((a - b).square().mean())  # noqa: E731
-    mean = lambda values: sum(values) / len(points)  # noqa: E731
-    targets, ideal, made = [correction_target(x, z0, s) for x, s in points], draws.z1 - z0, {}
+    points = list(points_of(velocity_of("base"), z0, draws, cond, uncond, config))
+    made = {}
     for arm in args.arms:
         velocity = velocity_of(arm)
-        row = {"sft": mse(velocity(z, sigma0, cond), ideal)}
-        row["off"] = mean([mse(velocity(x, s, cond), target) for (x, s), target in zip(points, targets)])
-        at_ideal = [velocity(interpolate(z0, draws.z1, s), s, cond) for _, s in points]
-        row["on"] = mean([mse(v, ideal) for v in at_ideal])
-        row["blind"] = mean([mse(v, target) for v, target in zip(at_ideal, targets)])
-        made[arm] = row | {"target": mean([mse(target, ideal) for target in targets])}
+        errors = [errors_at(velocity, point, cond) for point in points]
+        mean = {name: float(torch.stack([x[name] for x in errors]).mean()) for name in ERRORS}
+        row = {"sft": float(sft_loss(velocity, z0, draws.z1, sigma, cond).mean())}
+        row |= {name: mean[name] for name in ("off", "on", "blind")}
+        made[arm] = row | {"target": mean["shift"]}
     return made
 
 
