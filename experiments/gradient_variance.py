@@ -2,6 +2,10 @@
 stratified: one in each N-th of [sigma1, 1]. Both have the same expectation.
 
     python -m experiments.gradient_variance --num_aux_points 6
+    python -m experiments.gradient_variance --same_loss 1 2 3 6
+
+The second compares N = 1, 2, 3, 6 with lambda = 6 / N, which have one expected gradient, by its
+variance over all that is random in a step; each N sees the same pairs, z1 and t.
 
 On the shapes world's base model, with the pairs and random numbers of train.py, in two ways: over all that is random in
 a step (pairs, z1, t, sigma'), which is what training sees; and over sigma' alone, the rest held. A variance is the sum
@@ -31,6 +35,8 @@ class Args:
     batch_size: int = 16
     repeats: int = 48
     """Gradients in each of the four ways."""
+    same_loss: tuple[int, ...] = ()
+    """Compare these N instead, at lambda = 6 / N."""
     weights: Path | None = None
     """A finished run's weights of experiments.sft_vs_soar, in place of the base."""
     output_dir: Path = Path("output/gradient_variance")
@@ -39,6 +45,8 @@ class Args:
         for name, least in (("num_aux_points", 1), ("batch_size", 1), ("repeats", 8)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least {least}")
+        if self.same_loss and (len(self.same_loss) < 2 or min(self.same_loss) < 1):
+            raise ValueError(f"--same_loss is {self.same_loss}, expected two or more N from 1 up")
 
 
 def stratify(draws: Draws) -> Draws:
@@ -94,8 +102,45 @@ def measure(world: World, args: Args) -> dict:
     return made
 
 
+def measure_same_loss(world: World, args: Args) -> dict:
+    """{N: variance at lambda = 6 / N, its ratio to the last N's and the ratio's interval, units of
+    a step}."""
+    transformer = load_base(world, args.weights).requires_grad_(True).train()
+    distances = {}
+    for points in args.same_loss:
+        config = SoarConfig(num_aux_points=points, lambda_aux=6 / points)
+        gradients = []
+        for repeat in tqdm(range(args.repeats), desc=f"gradients of N = {points}"):
+            inputs = step_inputs(world, config, 0, repeat + 1, args.batch_size)
+            gradients.append(gradient(transformer, inputs, config))
+        distances[points] = squared_distances(torch.stack(gradients))
+    last = distances[args.same_loss[-1]]
+    resamples = np.random.default_rng(0).integers(args.repeats, size=(2000, args.repeats))
+    made = {}
+    for points, d in distances.items():
+        ratios = [variance(d, rows) / variance(last, rows) for rows in resamples]
+        low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
+        row = {"variance": variance(d), "ratio": variance(d) / variance(last)}
+        made[points] = row | {"low": low, "high": high, "units": 3 * points + 4}
+    return made
+
+
+def main_same_loss(args: Args) -> None:
+    result = measure_same_loss(load_world(args.output_dir / "world.safetensors"), args)
+    for points, row in result.items():
+        print(f"N = {points}, lambda = {6 / points:g}: variance {row['variance']:.3e}, "
+              f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of the last one's, "
+              f"a step of {row['units']} units")  # fmt: skip
+    settings = {"batch_size": args.batch_size, "repeats": args.repeats}
+    text = json.dumps(settings | {"N": result}, indent=1)
+    save_whole(text + "\n", args.output_dir / "gradient_variance_same_loss.json")
+
+
 def main(args: Args) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.same_loss:
+        main_same_loss(args)
+        return
     result = measure(load_world(args.output_dir / "world.safetensors"), args)
     for over, row in result.items():
         print(f"over {over}: independent {row['independent']:.3e}, stratified {row['stratified']:.3e}, "

@@ -40,7 +40,17 @@ def test_holding_all_but_the_levels_leaves_less_variance(tmp_path, monkeypatch):
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in (written["all"], written["levels"]))
 
 
-@pytest.mark.parametrize("bad", [{"num_aux_points": 0}, {"batch_size": 0}, {"repeats": 7}])
+def test_the_same_loss_is_compared_by_the_variance_of_gradients_of_one_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(gradient_variance, "load_world", lambda path: small_world(tmp_path / "data"))
+    gradient_variance.main(Args(same_loss=(1, 2), batch_size=2, repeats=8, output_dir=tmp_path))
+    rows = json.loads((tmp_path / "gradient_variance_same_loss.json").read_text())["N"]
+    assert [row["units"] for row in rows.values()] == [7, 10]
+    assert rows["2"]["ratio"] == rows["2"]["low"] == rows["2"]["high"] == 1
+    assert rows["1"]["low"] <= rows["1"]["ratio"] <= rows["1"]["high"]
+    assert rows["1"]["variance"] > rows["2"]["variance"] > 0
+
+
+@pytest.mark.parametrize("bad", [{"num_aux_points": 0}, {"batch_size": 0}, {"repeats": 7}, {"same_loss": (1,)}])
 def test_bad_flags_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"--{next(iter(bad))}"):
         Args(**bad)
