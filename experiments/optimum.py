@@ -105,9 +105,10 @@ def sampled(velocity: LinearVelocity, steps: int, guidance: float, shift: float 
     sigmas = sigma_from_t(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
     a, b = velocity(sigmas[:-1])
     gain, std = 0.0, 1.0  # the state is gain c + std z1
-    for k, d in enumerate((sigmas[1:] - sigmas[:-1]).tolist()):
-        gain += d * (float(a[k]) * gain + guidance * float(b[k]))
-        std += d * float(a[k]) * std
+    lengths = sigmas[1:] - sigmas[:-1]
+    for d, slope, pull in zip(lengths.tolist(), a.tolist(), b.tolist()):
+        gain += d * (slope * gain + guidance * pull)
+        std += d * slope * std
     return gain, abs(std) / velocity.data_std
 
 
@@ -289,6 +290,86 @@ def solve(
                      f"no optimum was found for {config}")  # fmt: skip
 
 
+# --- The size of the target's shift, for the exact flow ---
+
+EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of sigma_aux
+STEPS = (4, 10, 20, 40, 100, 1000)  # K
+
+
+def target_shift(config: SoarConfig, data_std: float, nodes: int = 200) -> dict:
+    """The mean square of target - (z1 - z0) over the auxiliary points of the ODE path, rolled out
+    by the exact flow: of all, by sigma_aux between EDGES, and the part of it that is due to
+    t < 1 / K; and these t's share of the samples. By quadrature in t and in log sigma_aux."""
+    roots, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(nodes))
+    step = 1 / config.num_sampling_steps
+    cuts = [config.t_min, min(step, 0.999), min(step + config.t_min, 0.9999), 1 - 1e-7]
+    ends = torch.logit(torch.tensor(cuts, dtype=torch.float64))
+    half = (ends[1:] - ends[:-1])[:, None] / 2
+    x = (ends[:-1, None] + half * (1 + roots)).flatten()
+    mass = (half * weights).flatten() * log_density(x, config).exp()
+    t = torch.sigmoid(x).clamp(min=config.t_min)
+    sigma = sigma_from_t(t, config.shift)
+    sigma_next = sigma_from_t((t - step).clamp(min=config.t_min), config.shift)
+    square = (sigma_next - sigma) ** 2 * guided_error(sigma, config, data_std)
+
+    # At sigma_aux the part (1 - sigma_aux) / (1 - sigma_next) of the rollout's error is left, and
+    # the target divides it by sigma_aux.
+    sigma_next = sigma_next[:, None]
+    upper = (config.sigma_upper_ratio * sigma).clamp(max=1)[:, None]
+    low = torch.maximum(sigma_next, torch.tensor(EDGES[:-1]))
+    high = torch.minimum(upper, torch.tensor(EDGES[1:]))
+    width = (high / low).log().clamp(min=0)[..., None] / 2
+    sigma_aux = low[..., None] * (width * (1 + roots)).exp()
+    measure = width * weights * sigma_aux
+    left = (1 - sigma_aux) / sigma_aux / (1 - sigma_next)[..., None]
+    chance = mass[:, None] / (upper - sigma_next)
+    points = chance * measure.sum(-1)
+    by_level = chance * square[:, None] * (measure * left**2).sum(-1)
+    early = t < step
+    return {
+        "samples": float(mass[early].sum() / mass.sum()),
+        "all": float(by_level.sum() / points.sum()),
+        "early": float(by_level[early].sum() / by_level.sum()),
+        "levels": (by_level.sum(0) / points.sum(0)).tolist(),
+    }
+
+
+def guided_error(sigma: Tensor, config: SoarConfig, data_std: float) -> Tensor:
+    """The mean square of the exact flow's guided velocity - (z1 - z0), at levels sigma (L,)."""
+    c, n, z1 = torch.eye(3, dtype=torch.float64)[:, None].expand(3, len(sigma), 3)
+    z0 = c + data_std * n
+    z = interpolate(z0, z1, sigma)
+    a, b = LinearVelocity(data_std)(sigma)
+    v_uncond = a[:, None] * z
+    v = guided_velocity(v_uncond, v_uncond + b[:, None] * c, config.guidance_scale)
+    return ((v - (z1 - z0)) ** 2).sum(1)
+
+
+def short(x: float) -> str:
+    """Two digits, without an exponent where that is short."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def shift_table(data_std: float = 0.5) -> str:
+    """Markdown, at guidance 1 and the published one."""
+    head = ["K", "t < 1 / K", "w", "mean square", "due to these", "sigma_aux"]
+    head[-1] += f" to {EDGES[1]:g}"
+    head += [f"to {x:g}" for x in EDGES[2:]]
+    lines = [line_of(head), "| ---: " * len(head) + "|"]
+    for steps in STEPS:
+        for w in (1.0, 4.5):
+            config = SoarConfig(num_sampling_steps=steps, guidance_scale=w)
+            x = target_shift(config, data_std)
+            cells = [f"{steps}", f"{x['samples']:.2%}", f"{w:g}"]
+            cells += [short(x["all"]), f"{x['early']:.0%}"]
+            lines.append(line_of(cells + [short(level) for level in x["levels"]]))
+    return "\n".join(lines) + "\n"
+
+
+def line_of(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 # --- Rows, tables, figure ---
 
 
@@ -303,11 +384,15 @@ def rows_of(config: SoarConfig, data_std: float, mislabelled: bool = False) -> l
             for steps in (40, 200):
                 for guidance in guidances:
                     gain, std = sampled(velocity, steps, guidance, config.shift)
-                    row = {"objective": objective, "conditional": conditional}
-                    row |= {"data_std": data_std, "sampling_steps": steps}
-                    row |= {"sampling_guidance": guidance}
-                    row |= {"mean_gain": gain if conditional else None, "std": std}
-                    rows.append(row)
+                    rows.append({
+                        "objective": objective,
+                        "conditional": conditional,
+                        "data_std": data_std,
+                        "sampling_steps": steps,
+                        "sampling_guidance": guidance,
+                        "mean_gain": gain if conditional else None,
+                        "std": std,
+                    })  # fmt: skip
     return rows
 
 
@@ -368,22 +453,26 @@ def cell(rows: list[dict], key: str, **wanted) -> str:
 def tables(rows: list[dict]) -> str:
     """Two markdown tables: of all settings, and of the rollout's guidance."""
     head = ["setting", "w = 1: std", "w = 4.5: std", "gain at guidance 1", "gain at 4.5"]
-    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * 4 + "|"]
-    named = [("exact flow", "flow", next(iter(SWEEP)))] + [(x, "soar", x) for x in SWEEP]
+    lines = [line_of(head), "| --- " + "| ---: " * 4 + "|"]
+    published = next(iter(SWEEP))
+    named = [("exact flow", "flow", published)]
+    named += [(label, "soar", label) for label in SWEEP]
     for label, objective, setting in named:
         at = {"objective": objective, "setting": setting}
-        guided = at | {"rollout_guidance": 4.5}
-        cells = [cell(rows, "std", **at, rollout_guidance=1.0, sampling_guidance=1.0)]
-        cells += [cell(rows, "std", **guided, sampling_guidance=1.0)]
-        cells += [cell(rows, "mean_gain", **guided, sampling_guidance=g) for g in (1.0, 4.5)]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = [label, cell(rows, "std", **at, rollout_guidance=1.0, sampling_guidance=1.0)]
+        at["rollout_guidance"] = 4.5
+        cells.append(cell(rows, "std", **at, sampling_guidance=1.0))
+        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=1.0))
+        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=4.5))
+        lines.append(line_of(cells))
     head = ["rollout's w", "std", "gain at guidance 1", "gain at w"]
-    lines += ["", "| " + " | ".join(head) + " |", "| --- " + "| ---: " * 3 + "|"]
+    lines += ["", line_of(head), "| --- " + "| ---: " * 3 + "|"]
     for w in GUIDANCES:
-        at = {"objective": "soar", "setting": next(iter(SWEEP)), "rollout_guidance": w}
-        cells = [cell(rows, "std", **at, sampling_guidance=1.0)]
-        cells += [cell(rows, "mean_gain", **at, sampling_guidance=g) for g in (1.0, w)]
-        lines.append(f"| {w:g} | " + " | ".join(cells) + " |")
+        at = {"objective": "soar", "setting": published, "rollout_guidance": w}
+        cells = [f"{w:g}", cell(rows, "std", **at, sampling_guidance=1.0)]
+        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=1.0))
+        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=w))
+        lines.append(line_of(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -420,7 +509,7 @@ def figure(path: Path, data_std: float = 0.5) -> None:
 def main(args: Args) -> None:
     if args.sweep is not None:
         rows = sweep()
-        print(tables(rows), end="")
+        print(tables(rows), shift_table(), sep="\n", end="")
         args.sweep.mkdir(parents=True, exist_ok=True)
         text = ",\n".join(map(json.dumps, rows))
         (args.sweep / "optimum.json").write_text(f"[\n{text}\n]\n")

@@ -309,27 +309,42 @@ def mean_error(x: np.ndarray) -> str:
 
 def table(result: dict) -> str:
     """Markdown: distances at guidance 1, 4.5 and each arm's best; what samples at 1 and 4.5 are."""
-    head = ["arm", "compute", "distance at 1", "at 4.5", "at its best", "best w"]
-    head += ["minus SFT at 4.5", "std at 1 / 4.5", "radius at 4.5", "balance at 4.5"]
+    head = ["arm", "compute", "distance at 1", "at 4.5", "best w", "std at 1 / 4.5"]
+    head += ["radius at 4.5", "balance at 4.5"]
     lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
     for name in result["arms"]:
         arm = ARMS[name]
         units = STEP_UNITS if arm.equal_compute else arm.units
         cells = [arm.label, f"{units / 3:.1f}"]
-        cells += [mean_error(column(result, name, "distance", w)) for w in (1.0, 4.5, "best")]
+        cells += [mean_error(column(result, name, "distance", w)) for w in (1.0, 4.5)]
         cells += [f"{best_guidance(result, name):g}"]
         at = {key: [column(result, name, key, w).mean() for w in (1.0, 4.5)] for key in MEASURES}
-        if "sft" in result["arms"] and name != "sft":
-            paired = [column(result, x, "distance", 4.5) for x in (name, "sft")]
-            cells.append(mean_error(paired[0] - paired[1]))
-        else:
-            cells.append("")
         cells.append(f"{at['std'][0]:.2f} / {at['std'][1]:.2f}")
         cells += [f"{at[key][1]:.2f}" for key in ("radius", "balance")]
         lines.append("| " + " | ".join(cells) + " |")
     true = np.mean([[row[key] for key in MEASURES] for row in result["floor"]], axis=0)
-    cells = ["the true law, other samples", "", f"{true[0]:.3f}", "", "", "", "", f"{true[1]:.2f}"]
+    cells = ["the true law, other samples", "", f"{true[0]:.3f}", "", "", f"{true[1]:.2f}"]
     lines.append("| " + " | ".join(cells + [f"{true[2]:.2f}", f"{true[3]:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PAIRS = (
+    ("soar", "sft"), ("no_rollout", "sft"), ("soar", "no_rollout"), ("sft_steps", "soar"),
+    ("n1", "soar"), ("n1_steps", "soar"),
+)  # fmt: skip
+
+
+def pairs(result: dict) -> str:
+    """Markdown: differences of two arms' distances, paired over seeds."""
+    lines = ["| distance of | minus that of | at 1 | at 4.5 | each at its best |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    for names in PAIRS:
+        if set(names) <= set(result["arms"]):
+            cells = [ARMS[name].label for name in names]
+            for w in (1.0, 4.5, "best"):
+                first, second = (column(result, name, "distance", w) for name in names)
+                cells.append(mean_error(first - second))
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -360,10 +375,11 @@ def figure(result: dict, path: Path) -> None:
 
 def main(args: Args) -> None:
     if args.show is not None:
-        print(table(json.loads(args.show.read_text())), end="")
+        result = json.loads(args.show.read_text())
+        print(table(result), pairs(result), sep="\n", end="")
         return
     result = run(args)
-    print(table(result), end="")
+    print(table(result), pairs(result), sep="\n", end="")
     if len(args.seeds) > 1:
         figure(result, args.output_dir / "toy.png")
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from experiments import optimum
-from experiments.optimum import Args, LinearVelocity, rows_of, sampled, solve, tables
+from experiments.optimum import (
+    EDGES,
+    Args,
+    LinearVelocity,
+    rows_of,
+    sampled,
+    shift_table,
+    solve,
+    tables,
+    target_shift,
+)
 from sample import seeded
 from soar import SoarConfig, draw, interpolate, rollout_step, sigma_from_t, soar_terms
 
@@ -100,6 +110,7 @@ def test_average_target_at_the_exact_flow_is_the_velocity_of_the_level_before(t,
 
 SETTINGS = [
     (0.5, {}),
+    (0.2, {"num_sampling_steps": 30}),
     (0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
     (1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2.0}),
     (1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False, "num_aux_points": 2}),
@@ -164,6 +175,37 @@ def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings, mislab
             assert sampled(coarse, steps, guidance) == pytest.approx(expected, abs=0.003)
 
 
+@pytest.mark.parametrize("settings", [
+    {"num_sampling_steps": 10, "logit_mean": -2.5, "logit_std": 0.5},
+    {"num_sampling_steps": 5, "guidance_scale": 1.0, "sigma_upper_ratio": 1.5},
+])  # fmt: skip
+def test_shift_of_the_target_is_that_of_soar_terms(settings):
+    config = SoarConfig(**settings)
+    states = []
+
+    def recorded(z, sigma, c):
+        states.append((z, sigma))
+        return callable_of(LinearVelocity(0.5))(z, sigma, c)
+
+    z0, draws, c, uncond = batch(config, 0.5, 200_000, seeded("shift"))
+    list(soar_terms(recorded, z0, draws, c, uncond, config))
+    found = target_shift(config, 0.5)
+    ideal = draws.z1 - z0
+    points = states[-config.num_aux_points :]
+    squares = torch.cat([((z - z0) / sigma[:, None] - ideal).square() for z, sigma in points])[:, 0]
+    sigma = torch.cat([sigma for _, sigma in points])
+    for low, high, expected in zip(EDGES, EDGES[1:], found["levels"]):
+        square = squares[(sigma >= low) & (sigma < high)]
+        if len(square) > 10_000:
+            error = float(square.std()) / len(square) ** 0.5
+            assert error < 0.05 * expected
+            # six points share a sample, so the error is up to sqrt(6) times as large
+            assert float(square.mean()) == pytest.approx(expected, abs=4 * 6**0.5 * error)
+    t = draws.t
+    early = float((t < 1 / config.num_sampling_steps).double().mean())
+    assert found["samples"] == pytest.approx(early, abs=0.005)
+
+
 def test_exact_flow_samples_the_data_in_the_limit_of_small_steps():
     assert sampled(LinearVelocity(0.3), 20_000, 2.0) == pytest.approx((2.0, 1.0), abs=1e-3)
 
@@ -185,7 +227,7 @@ def test_json_has_a_row_per_sampled_guidance(capsys):
 def test_the_page_has_the_tables_of_the_results_file_and_this_code_makes_them():
     rows = json.loads((RESULTS / "optimum.json").read_text())
     page = (RESULTS.parent / "optimum.md").read_text()
-    for table in tables(rows).split("\n\n"):
+    for table in (*tables(rows).split("\n\n"), shift_table()):
         assert table.strip() in page
     kept = [row for row in rows if row["setting"] == "K = 20" and row["rollout_guidance"] == 4.5]
     made = rows_of(SoarConfig(num_sampling_steps=20), 0.2)
