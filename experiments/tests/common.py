@@ -1,6 +1,7 @@
 """What tests share: the small pipeline's flags, train.py's arguments, a launcher, a part of the shapes world."""
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -98,8 +99,13 @@ def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocess
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
-    for rank in ranks:
-        rank.start()
+    gc.collect()
+    gc.freeze()  # or a rank might collect a process group of this process, and wait for threads that it lacks
+    try:
+        for rank in ranks:
+            rank.start()
+    finally:
+        gc.unfreeze()
     return ranks
 
 

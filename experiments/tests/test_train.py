@@ -1045,7 +1045,10 @@ def agents(count: int, action: Callable[[], None], folder: Path, **settings) -> 
         found += fork(1, lambda: elastic_launch(config, record(action))(), folder / str(i))
     for agent in found:
         agent.join(100)
-        agent.kill()
+        if agent.is_alive():
+            for process in (*children(agent), agent):
+                process.kill()
+            agent.join()
     return found
 
 
