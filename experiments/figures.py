@@ -152,7 +152,8 @@ def draw_all(result: dict, folder: Path, output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         geometry(output_dir / "geometry.png")
-        score(result, output_dir / "score.png")
+        if result["curves"]:
+            score(result, output_dir / "score.png")
         if result["drift"]:
             drift(result, output_dir / "drift.png")
             sheet(folder / "diversity", list(result["drift"]), output_dir / "sheet.png")

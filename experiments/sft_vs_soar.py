@@ -3,6 +3,7 @@
     python -m experiments.sft_vs_soar --setting quick          # under 20 minutes on two cores
     python -m experiments.sft_vs_soar --setting full           # the same runs and every other arm, more images: hours
     python -m experiments.sft_vs_soar --setting blur           # sharpness over 300 steps, with reported cures
+    python -m experiments.sft_vs_soar --setting control        # SOAR against its levels without its rollout, and N = 1
     python -m experiments.sft_vs_soar --setting quick --arms soar_n1 soar_l0.3
 
 An arm is a training run on the curated pairs; its steps are train.py's, with the same random numbers, in one process
@@ -140,6 +141,7 @@ class Setting:
     unguided: int = 60  # images at guidance 1, for their sharpness
     drift_pairs: int = 24
     diverse_prompts: int = 6  # with IMAGE_SEEDS images each
+    base: bool = True  # score the base, too
 
 
 QUICK = Setting(("sft", "soar", "sft_steps"), steps=100, prompts=240, images=1)
@@ -151,12 +153,15 @@ BLUR = dataclasses.replace(
     QUICK, arms=("sft", "soar", "soar_l0.3", "soar_u1", "soar_w1"), steps=300, seeds=1, prompts=60, curve_prompts=60,
     curve=(1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6), curve_arms=("sft", "soar", "soar_l0.3", "soar_u1", "soar_w1"),
 )  # fmt: skip
-SETTINGS = {"quick": QUICK, "full": FULL, "blur": BLUR}
+CONTROL = dataclasses.replace(
+    QUICK, arms=("sft", "soar", "soar_k1e6", "soar_n1_l6"), prompts=600, curve=(), base=False
+)
+SETTINGS = {"quick": QUICK, "full": FULL, "blur": BLUR, "control": CONTROL}
 
 
 @dataclass(frozen=True)
 class Args:
-    setting: Literal["quick", "full", "blur"] = "quick"
+    setting: Literal["quick", "full", "blur", "control"] = "quick"
     output_dir: Path = Path("output/sft_vs_soar")
     """Where runs are kept, in a folder named after the setting."""
     arms: tuple[str, ...] = ()
@@ -381,7 +386,7 @@ def shared_world(folder: Path) -> World:
 def run_settings(name: str, setting: Setting, seed: int) -> dict:
     """What the result of a run depends on, to be kept beside it."""
     arm = ARMS.get(name)
-    shared = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("arms", "seeds")}
+    shared = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("arms", "seeds", "base")}
     own = {k: str(v) for k, v in vars(arm.config).items()} if arm else {}
     own |= {key: getattr(arm, key) for key in ("steps", "batch")} if arm else {}
     own |= {"weighted": arm.weighting is not None} if arm else {}
@@ -474,7 +479,7 @@ def collect(folder: Path, setting: Setting) -> dict:
             tag: np.mean([x[tags == tag].mean() for x in scores.values()]) for tag in TAGS}}  # fmt: skip
         row |= {key: np.mean([x[key] for x in found.values()]) for key in ("sharpness", "sharpness_unguided")}
         row["seconds"] = np.mean([x["seconds"] for x in found.values()], axis=0).tolist()
-        for other in ("base", "sft", "sft_steps"):
+        for other in ("base", "sft", "sft_steps", "soar"):
             common = [seed for seed in scores if seed in runs.get(other, {})]
             if name != other and common:
                 theirs = [rates(runs[other][seed]["correct"]) for seed in common]
@@ -506,7 +511,8 @@ def main(args: Args) -> None:
     setting, folder = SETTINGS[args.setting], args.output_dir / args.setting
     folder.mkdir(parents=True, exist_ok=True)
     shared_world(folder)  # encoded before the processes start
-    jobs = [(name, seed) for seed in range(setting.seeds) for name in ("base", *(args.arms or setting.arms))]
+    names = ["base"] * setting.base + list(args.arms or setting.arms)
+    jobs = [(name, seed) for seed in range(setting.seeds) for name in names]
     pool = ProcessPoolExecutor(args.num_processes, multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
         futures = {pool.submit(run, folder, name, setting, seed): f"{name}-{seed}" for name, seed in jobs}
