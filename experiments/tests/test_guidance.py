@@ -51,6 +51,7 @@ def test_a_sweep_keeps_what_is_finished_and_tells_arms_apart(tmp_path, monkeypat
     assert arms["sft"]["spread"]["1.0"]["over_sft"] == 1
     assert arms["soar"]["spread"]["1.0"]["over_sft"] != 1
     first = runs["sft"][0]["guidance"]["4.5"]
+    assert first["saturation"] != runs["sft"][0]["guidance"]["1.0"]["saturation"]
     assert arms["sft"]["guidance"]["4.5"]["score"] == np.mean(first["score"])
     real = guidance.training_images(world)["saturation"]
     found = arms["sft"]["guidance"]["4.5"]["saturation"]
