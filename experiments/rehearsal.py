@@ -1,6 +1,7 @@
 """train.py and sample.py on a pipeline of Stable Diffusion 3.5 Medium's exact shapes, on a CPU.
 
-    python -m experiments.rehearsal                 needs 19 GB of memory and 17 GB of disk
+    python -m experiments.rehearsal                 needs 19 GB of memory, 17 GB of disk and a
+                                                    processor with bf16 arithmetic
     python -m experiments.rehearsal --blocks 2      the same in little, in a minute
 
 Writes a pipeline as the hub holds it: the config files' real values, T5 in two shards, weights of
@@ -8,7 +9,7 @@ the real shapes in bf16. The weights are random, and the tokenizers know single 
 Then it runs the commands that a user would give, each in a process of its own: training with LoRA,
 killed after its first step and given again; images of the base and of the LoRA; the same image by
 diffusers. It checks what they promise, prints what each took, and deletes all it wrote.
-Raises AssertionError: a promise was not kept.
+Raises AssertionError: a promise was not kept; RuntimeError: this processor is too slow in bf16.
 """
 
 import json
@@ -54,6 +55,7 @@ from sample import LORA, save_whole, seeded, visible
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 22 * 2**30  # bytes that no command may take: what a machine of 24 GiB leaves
+SLOWEST = 20e9  # operations a second in bf16; at 1e9 a step at full size takes more than an hour
 PROMPT = "a photo of a red bench"
 MAX_SEQUENCE_LENGTH = 77
 
@@ -375,6 +377,21 @@ def draw_with_diffusers(args: Args) -> None:
     image.save(args.output_dir / "diffusers.png")
 
 
+def check_speed() -> None:
+    """Raises RuntimeError: products as backward has them are too slow in bf16, as on a processor
+    without instructions for it."""
+    weight, gradient = torch.randn(1536, 1536).bfloat16(), torch.randn(256, 1536).bfloat16()
+    gradient @ weight  # not timed: threads start here
+    start = time.perf_counter()
+    gradient @ weight
+    speed = 2 * 256 * 1536 * 1536 / (time.perf_counter() - start)
+    if speed < SLOWEST:
+        raise RuntimeError(
+            f"this processor does {speed / 1e9:.0f} billion bf16 operations a second, and the full "
+            f"size needs {SLOWEST / 1e9:.0f}, as with AVX512-BF16 or AMX: give --blocks 2"
+        )
+
+
 # --- What they promise --------------------------------------------------------------------------
 
 
@@ -493,6 +510,8 @@ def main(args: Args) -> None:
         return
     if visible(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir} is not empty, expected a new one")
+    if args.blocks is None:
+        check_speed()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         rows, remark = rehearse(args)

@@ -29,6 +29,13 @@ def test_rehearsal_in_little_keeps_its_promises_and_leaves_nothing(tmp_path, cap
     assert len(rows) == 2 + 5 and sum("exit 0" in x for x in rows) == 4, rows
 
 
+def test_a_processor_slow_in_bf16_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "SLOWEST", 1e18)
+    with pytest.raises(RuntimeError, match="bf16 operations a second.*give --blocks 2"):
+        rehearsal.main(rehearsal.Args(output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_real_size_is_that_of_sd35_medium():
     sizes = {}
     for name, model in memory.empty_models(None).items():
