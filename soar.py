@@ -45,7 +45,8 @@ class SoarConfig:
     lambda_aux: float = 1.0  # weight of an auxiliary term; 0 is SFT
     num_aux_points: int = 6  # N, on each path; 0 is SFT
     num_rollout_paths: int = 1  # M; the first takes the ODE step, each other one of sde_type
-    num_sampling_steps: int = 40  # K; the rollout steps 1 / K in t
+    num_sampling_steps: int = 40  # K: the rollout steps 1 / K in t. Keep it at 40 or more: a longer
+    # step cut off at the clean end makes targets that rule the gradient, however you will sample.
     guidance_scale: float = 4.5  # w of the rollout; 1 is unguided
     shift: float = 3.0  # of sigma(t); that of the sampler
     t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it
