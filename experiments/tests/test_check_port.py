@@ -1,6 +1,6 @@
 """check_port passes right ports for every bound and shift, and names each mistake of a table.
 
-The table is part of recipes.md, which test_recipes.py keeps.
+The table is part of checks.md, which test_recipes.py keeps.
 """
 
 import re

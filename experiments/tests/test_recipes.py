@@ -1,6 +1,6 @@
-"""Every code block of the README, evaluation.md and recipes.md runs, on small models of diffusers' classes.
+"""Every code block of the README, evaluation.md, recipes.md and checks.md runs, on small models of diffusers' classes.
 
-    python -m experiments.tests.test_recipes        # writes the tables of recipes.md anew
+    python -m experiments.tests.test_recipes        # writes the tables of recipes.md and checks.md anew
 
 A block is pasted as it stands into a stub of the trainer, which has only the names that the trainer has
 at that place. With lambda_aux = 0 it must equal the stub's own loss; the rollout must be the first step
@@ -62,6 +62,8 @@ from experiments.tests.common import ROOT
 from sample import encode_images, encode_prompts, load_pipeline, load_transformer
 
 RECIPES = ROOT / "experiments" / "recipes.md"
+CHECKS = RECIPES.with_name("checks.md")
+TABLES = {"shift": RECIPES, "adapters": CHECKS, "port": CHECKS}  # where they stand
 BATCH = 2
 
 
@@ -76,7 +78,7 @@ def blocks(path: Path, *languages: str) -> dict[str, str]:
     return found
 
 
-PAGES = (ROOT / "README.md", RECIPES, RECIPES.with_name("evaluation.md"))
+PAGES = (ROOT / "README.md", RECIPES, CHECKS, RECIPES.with_name("evaluation.md"))
 PYTHON = {name: text for page in PAGES for name, text in blocks(page, "python", "py").items()}
 
 
@@ -695,8 +697,9 @@ def test_every_python_block_is_run():
     scripts = {cls.heading: 2 for cls in SCRIPTS} | {"diffusers' scripts": 2, "The self-test": 1}
     others = {"Any trainer": 2, "Wan": 3, "Trainers with hooks": 1, "musubi-tuner": 1}
     others |= {"ai-toolkit": 1, "SimpleTuner": 1, "sd-scripts": 1, "DiffSynth-Studio": 1}
-    others |= {"Other models": 5, "Is the adapter right?": 1}
+    others |= {"Other models": 5}
     assert {name: len(found) for name, found in PAGE.items()} == scripts | others
+    assert list(blocks(CHECKS, "python")) == ["checks.md: Is the adapter right?"]
 
 
 # --- Trainers with hooks: a stub of what each trainer's method has, or is called with ---
@@ -1108,7 +1111,8 @@ def same_up_to_digits(left: str, right: str) -> bool:
 
 
 def table_of(name: str) -> str:
-    return re.search(rf"<!-- table: {name} -->\n(.*?)\n?<!-- end -->", RECIPES.read_text(), re.S)[1]
+    page = TABLES[name].read_text()
+    return re.search(rf"<!-- table: {name} -->\n(.*?)\n?<!-- end -->", page, re.S)[1]
 
 
 def test_tables_are_what_is_found(world):
@@ -1116,14 +1120,15 @@ def test_tables_are_what_is_found(world):
     for name, found in tables.items():
         written = table_of(name)
         refresh = "python -m experiments.tests.test_recipes writes it anew"
-        assert same_up_to_digits(written, found), f"table {name} of recipes.md is not this; {refresh}:\n{found}"
+        page = TABLES[name].name
+        assert same_up_to_digits(written, found), f"table {name} of {page} is not this; {refresh}:\n{found}"
 
 
 def test_the_block_that_checks_an_adapter_runs(world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "check_velocity", check_velocity_module)
     names = {"transformer": world.transformer, "velocity": world.right, "generator": rng()}
     names |= {"z0": world.z0, "cond": world.cond, "uncond": world.uncond}
-    exec(PYTHON["recipes.md: Is the adapter right?"], names)
+    exec(PYTHON["checks.md: Is the adapter right?"], names)
     assert capsys.readouterr().out == f"the adapter fits: relative error {names['error']:.2f}\n"
     assert 0.05 < names["error"] < 0.2
 
@@ -1237,13 +1242,13 @@ def test_commands_in_the_pages_have_flags_that_exist():
 
 
 def main() -> None:
-    text = RECIPES.read_text()
     tables = {"shift": shift_table(), "adapters": adapters_table(World())}
     tables["port"] = test_check_port.table()
     for name, table in tables.items():
-        text = text.replace(f"<!-- table: {name} -->\n{table_of(name)}", f"<!-- table: {name} -->\n{table}\n", 1)
-        text = text.replace("\n\n<!-- end -->", "\n<!-- end -->")
-    RECIPES.write_text(text)
+        text = TABLES[name].read_text()
+        start = f"<!-- table: {name} -->\n"
+        text = text.replace(start + table_of(name), start + table + "\n", 1)
+        TABLES[name].write_text(text.replace("\n\n<!-- end -->", "\n<!-- end -->"))
 
 
 if __name__ == "__main__":
