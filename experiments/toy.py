@@ -1,6 +1,6 @@
 """SOAR against SFT with networks, where the true law is known: two dimensions, four classes.
 
-    python -m experiments.toy                                       # about 10 minutes of one core
+    python -m experiments.toy                                       # about 33 minutes of one core
     python -m experiments.toy --arms base sft soar --seeds 0 1      # a part of it
     python -m experiments.toy --show experiments/results/toy.json   # the tables again
 

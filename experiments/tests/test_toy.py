@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiments import toy
+from experiments.tests.common import ROOT
 from experiments.toy import ARMS, CLASSES, EMPTY, MODE_STD, Args, Model, data, distance
 from soar import SoarConfig, draw, soar_terms
 
@@ -115,6 +116,13 @@ def test_tiny_run_is_reproducible_and_writes_table_and_figure(tmp_path, capsys):
     assert again["arms"]["soar"] == first["arms"]["soar"]
     toy.main(Args(show=tmp_path / "toy.json"))
     assert "| SOAR |" in capsys.readouterr().out and "| base |" in printed
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    result = json.loads((ROOT / "experiments/results/toy.json").read_text())
+    page = (ROOT / "experiments/optimum.md").read_text()
+    assert result["settings"]["seeds"] == [0, 1, 2, 3, 4] and set(result["arms"]) == set(ARMS)
+    assert toy.table(result) in page and toy.pairs(result) in page
 
 
 @pytest.mark.parametrize("bad", [
