@@ -545,9 +545,9 @@ def test_lora_and_accumulation_give_gradients_of_the_adapters_alone(monkeypatch)
 PAGE = blocks_by_heading(RECIPES.read_text())
 
 
-def sd3_model(z, time, cond):
+def sd3_model(z, time, cond, dtype=torch.float32):
     return sd3_model.net(z, timestep=time, encoder_hidden_states=cond, return_dict=False,
-                         pooled_projections=torch.ones(BATCH, 8))[0]  # fmt: skip
+                         pooled_projections=torch.ones(BATCH, 8, dtype=dtype))[0]  # fmt: skip
 
 
 @pytest.fixture
@@ -736,6 +736,29 @@ def test_streamed_gives_the_whole_loss_and_gradients(hook):
     loss.backward()
     found.append((loss.detach(), gradients(sd3_model.net)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_streamed_in_bf16_with_lora_and_accumulation(hook):
+    """Gradients of the adapters alone, halved over two micro-batches, and near float32's."""
+    made = {}
+    for steps, dtype in ((1, torch.float32), (2, torch.float32), (1, torch.bfloat16)):
+        net = sd3_model.net = SD3().model.requires_grad_(False)
+        torch.manual_seed(2)
+        net.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        net.to(dtype)
+        velocity = lambda z, s, c: sd3_model(z.to(dtype), 1000 * s, c, dtype)  # noqa: B023, E731
+        cond = hook["cond"].to(dtype)
+        call = (velocity, hook["latents"].to(dtype), torch.tensor([0.9, 0.2]), cond, cond * 0)
+        backward = Plain(steps).backward
+        loss = sys.modules["streamed"].streamed(backward, *call, soar.SoarConfig(), rng())
+        backward(loss)
+        made[steps, dtype] = loss.item(), gradients(net)
+    loss, whole = made[1, torch.float32]
+    assert whole and all("lora" in name and x.any() for name, x in whole.items())
+    for name, x in made[2, torch.float32][1].items():
+        torch.testing.assert_close(x, whole[name] / 2)
+    near, rounded = made[1, torch.bfloat16]
+    assert near == pytest.approx(loss, rel=0.01) and near != loss and set(rounded) == set(whole)
 
 
 def musubi(monkeypatch, tmp_path, offset):

@@ -1,27 +1,28 @@
-"""soar_terms under DistributedDataParallel, as train.py runs it."""
+"""soar_terms under DistributedDataParallel: as train.py runs it, and as the recipes do."""
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import soar
+from experiments.run_recipes import HERE, blocks
 from test_soar import Case
 
 SHAPE = (4, 3, 2)
 CONFIG = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, num_sampling_steps=2)
 SEED = 7
+BATCH = 4
+PAGE = blocks((HERE / "recipes.md").read_text())
 
 
 def gradients(model):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def run_rank(rank, folder):
+def own_schedule(rank):
     """Half of the batch: every term but the last under no_sync, the last one adds up the ranks'."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     case = Case(SHAPE, CONFIG, SEED)
     case.model.null.requires_grad_(False)  # no gradient reaches it: DDP would wait for one
     ddp = DistributedDataParallel(case.model)
@@ -34,15 +35,91 @@ def run_rank(rank, folder):
     next(terms).loss.backward()
     both = gradients(case.model)
     assert not any(torch.equal(a, b) for a, b in zip(local, both))
-    save_file({str(i): x for i, x in enumerate(both)}, f"{folder}/{rank}.safetensors")
+    return both
+
+
+def randn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(torch.nn.Module):
+    """A small model, whose every weight has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(randn(1, 16, 1, 1))
+        self.text = torch.nn.Parameter(randn(2, 8, 16))
+
+    def forward(self, z, time, cond):
+        text = cond.mean(1) @ self.text
+        return self.scale * z + time.view(-1, 1, 1, 1) / 1000 * text[..., None, None]
+
+
+def recipe(form, model, rows):
+    """A step of one form of recipe on some rows of the batch, with these rows of its draws."""
+    z0, cond = randn(3, BATCH, 16, 4, 4), randn(4, BATCH, 5, 8)
+    z1, t, u, path_noise, _ = soar.draw(z0.shape, soar.SoarConfig(), torch.Generator())
+    draws = soar.Draws(z1[rows], t[rows], u[:, :, rows], path_noise[:, rows], None)
+    z0, cond, levels = z0[rows], cond[rows], torch.tensor([0.9, 0.2, 0.7, 0.4])[rows]
+    empty = randn(5, 1, 5, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soar, "draw", lambda *_: draws)
+        names = {"torch": torch, "device": "cpu", "seed": None, "rank": 0, "model": model}
+        names |= {"encode": lambda prompts: empty, "latents": z0, "cond": cond}
+        names["sample_levels"] = lambda count: levels
+        if form == "terms":
+            for block in PAGE["Any trainer"]:
+                exec(block, names)
+            return
+        exec(PAGE["Trainers with hooks"][0], names)
+        call = (lambda z, sigma, cond: model(z, 1000 * sigma, cond), z0)
+        text = (cond, empty.expand(len(z0), -1, -1), soar.SoarConfig())
+        if form == "hook":
+            names["streamed"](torch.Tensor.backward, *call, levels, *text, None).backward()
+        else:
+            soar.soar_loss(*call, draws._replace(t=soar.t_from_sigma(levels)), *text).backward()
+
+
+FORMS = ("terms", "hook", "sum")
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    made = {"own": own_schedule(rank)}
+    for form in FORMS:
+        net = Net()
+        recipe(form, DistributedDataParallel(net), slice(2 * rank, 2 * rank + 2))
+        made[form] = gradients(net)
+    tensors = {f"{name} {i}": x for name, found in made.items() for i, x in enumerate(found)}
+    save_file(tensors, f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_under_one_no_sync_schedule_get_the_single_process_gradients(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def of(saved, name):
+    return [saved[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in saved))]
+
+
+def test_two_ranks_under_one_no_sync_schedule_get_the_single_process_gradients(ranks):
     case = Case(SHAPE, CONFIG, SEED)
     expected = [x for x in case.gradients(case.loss()) if x is not None]
-    for rank in range(2):
-        saved = load_file(tmp_path / f"{rank}.safetensors")
-        both = [saved[str(i)] for i in range(len(saved))]
-        assert_close(both, expected, rtol=1e-9, atol=1e-9)
+    for saved in ranks:
+        assert_close(of(saved, "own"), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recipes_under_ddp_get_the_single_process_gradients(form, ranks):
+    net = Net()
+    recipe(form, net, slice(0, BATCH))
+    expected = gradients(net)
+    assert len(expected) == 2 and all(x.any() for x in expected)
+    for saved in ranks:
+        assert_close(of(saved, form), expected, rtol=1e-4, atol=1e-6)
