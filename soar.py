@@ -8,7 +8,7 @@ To use it elsewhere, copy this file: it needs torch and einops.
     t       (B,)      sampler time, 1 = noise: sigma = shift t / (1 + (shift - 1) t)
     v       (B, ...)  velocity dz/dsigma, what the model predicts; z1 - z0 on the ideal path
 
-One training step (sections are those of the paper):
+One training step; sections named further down are the paper's:
 
     1. base      z = (1 - sigma) z0 + sigma z1, at a random sigma. Target z1 - z0. This is SFT.
     2. rollout   z_hat = z + (sigma_next - sigma) v, a step of the guided sampler, no gradient.
@@ -20,8 +20,8 @@ One training step (sections are those of the paper):
 The model is called only as velocity(z, sigma, cond) -> v: z in z0's dtype, sigma in float32 or
 better (a diffusers model takes timestep = 1000 * sigma). States, targets and losses are float32 or
 better. A wrong type, shape, dtype or device raises ValueError before the model runs; the checks
-are at the end. Tensors' values are not looked at, which would stall a GPU: what is said of them is
-for the caller to keep, and `draw` keeps it.
+are at the end. On a GPU, which that would stall, values of tensors are not looked at: what is said
+of them is for the caller to keep, and `draw` keeps it.
 """
 
 import math
@@ -45,15 +45,17 @@ class SoarConfig:
     lambda_aux: float = 1.0  # weight of an auxiliary term; 0 is SFT
     num_aux_points: int = 6  # N, on each path; 0 is SFT
     num_rollout_paths: int = 1  # M; the first takes the ODE step, each other one of sde_type
-    num_sampling_steps: int = 40  # K: the rollout steps 1 / K in t. Keep it at 40 or more: a longer
-    # step cut off at the clean end makes targets that rule the gradient, however you will sample.
-    guidance_scale: float = 4.5  # w of the rollout; 1 is unguided
+    # K: the rollout steps 1 / K in t. Keep it at 40 or more, however few steps you sample with:
+    # where a longer step is cut off at the clean end, targets are so large that they rule the
+    # gradient.
+    num_sampling_steps: int = 40
+    guidance_scale: float = 4.5  # of the rollout; 1 is unguided
     shift: float = 3.0  # of sigma(t); that of the sampler
     t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it
     logit_mean: float = 0.0  # t = sigmoid(logit_mean + logit_std n), n ~ N(0, 1)
     logit_std: float = 1.0  # see logit_mean
-    sde_type: str = "flow_sde"  # one of SDE_TYPES
-    sde_noise_scale: float = 0.5  # eta
+    sde_type: str = "flow_sde"  # the step of the other paths: simple, sde, flow_sde or cps
+    sde_noise_scale: float = 0.5  # eta, how much noise such a step adds; sde does not read it
     shared_noise: bool = True  # False: each path has a z1 of its own to go toward (an ablation)
     sigma_upper_ratio: float = math.inf  # sigma_aux <= min(ratio * sigma, 1)
 
@@ -133,18 +135,20 @@ def rollout_step(z: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, kin
         return (1 - sigma_next) * z_data + sigma_next * rotated
     if kind == "flow_sde":
         # z (1 + S^2 d / (2 sigma)) + v d (1 + S^2 (1 - sigma) / (2 sigma)) + S sqrt(-d) n,
-        # S = eta sqrt(sigma / (1 - sigma)). S^2 / sigma, unlike S / sigma, is finite at sigma = 0;
-        # at sigma = 1 it would be infinite, so the sigma in it is at most that of t = 0.999.
+        # S = eta sqrt(sigma / (1 - sigma)). S^2 / sigma is taken as eta^2 / (1 - sigma), which at
+        # sigma = 0 is not 0 / 0. At 1 it is infinite, so its sigma is at most that of t = 0.999.
         s2_over_sigma = eta**2 / (1 - sigma.clamp(max=sigma_from_t(0.999, shift)))
         drift = z * s2_over_sigma / 2 + v * (1 + s2_over_sigma * (1 - sigma) / 2)
         diffusion = (s2_over_sigma * sigma).sqrt()
         return z + d * drift + diffusion * (-d).sqrt() * n
 
 
-def renoise(z_hat: Tensor, z1: Tensor, sigma_hat: Tensor, sigma: Tensor) -> Tensor:
-    """The state at sigma in [sigma_hat, 1], between z_hat at sigma_hat < 1 and z1 (section 2.2)."""
-    z_hat, z1, sigma_hat, sigma = _aligned(z_hat=z_hat, z1=z1, sigma_hat=sigma_hat, sigma=sigma)
-    alpha = (sigma - sigma_hat) / (1 - sigma_hat)
+def renoise(z_hat: Tensor, z1: Tensor, sigma_next: Tensor, sigma_aux: Tensor) -> Tensor:
+    """The state at sigma_aux, between z_hat at sigma_next < 1 and z1 at 1 (section 2.2)."""
+    z_hat, z1, sigma_next, sigma_aux = _aligned(
+        z_hat=z_hat, z1=z1, sigma_next=sigma_next, sigma_aux=sigma_aux
+    )
+    alpha = (sigma_aux - sigma_next) / (1 - sigma_next)
     return (1 - alpha) * z_hat + alpha * z1
 
 
@@ -201,15 +205,15 @@ def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: An
 
 
 def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None,
-               config=SoarConfig(), *, weighting: Weighting = None, normalizer=None
-               ) -> Iterator[Term]:
+               config=SoarConfig(), *, weighting: Weighting = None,
+               normalizer: Tensor | float | None = None) -> Iterator[Term]:
     """The terms of the SOAR loss (algorithm 1): the base term, then M N auxiliary ones. Call
     backward on each as it comes: gradients add up to the whole loss's, with one graph in memory.
 
     draws: from draw(z0.shape, config, generator). cond, uncond: what velocity takes, with and
-    without the prompt; with uncond None the rollout is unguided. normalizer: loss_normalizer of
-    the global batch; None: of this batch. Forwards: 1 with cond, 1 with uncond, M N with cond;
-    if lambda N = 0 only the first, and that is SFT."""
+    without the prompt; with uncond None the rollout is unguided. normalizer: what the sums are
+    divided by, see loss_normalizer; None: this batch's own. Forwards: 1 with cond, 1 with uncond,
+    M N with cond; if lambda N = 0 only the first, and that is SFT."""
     dtype = getattr(z0, "dtype", None)  # the model's; our states are wider
     (z0,) = _aligned(z0=z0)
     z1, t, u, path_noise, path_z1 = _checked_draws(draws, z0, config)
@@ -238,21 +242,22 @@ def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: 
         if uncond is not None and config.guidance_scale != 1:
             v_uncond = _predict(velocity, z, sigma, uncond, dtype)
             v = guided_velocity(v_uncond, v, config.guidance_scale)
-        sde = dict(kind=config.sde_type, noise_scale=config.sde_noise_scale, shift=config.shift)
         z_hats = [rollout_step(z, v, sigma, sigma_next)]
-        z_hats += [rollout_step(z, v, sigma, sigma_next, noise=n, **sde) for n in path_noise]
+        for noise in path_noise:
+            z_hats.append(rollout_step(z, v, sigma, sigma_next, kind=config.sde_type, noise=noise,
+                                       noise_scale=config.sde_noise_scale, shift=config.shift))
 
     # 3, 4. From each z_hat toward z1, to N levels; the target leads from there to z0.
     sigma_upper = (config.sigma_upper_ratio * sigma).clamp(max=1)
     for m, z_hat in enumerate(z_hats):
         endpoint = z1 if config.shared_noise else path_z1[m]
-        counts = everyone if m == 0 else above
+        counts = everyone if m == 0 else above  # at the clean end only the ODE path counts
         for n in range(config.num_aux_points):
             with torch.no_grad():
                 sigma_aux = sigma_next + u[m, n] * (sigma_upper - sigma_next)
                 z_aux = renoise(z_hat, endpoint, sigma_next, sigma_aux)
                 target = correction_target(z_aux, z0, sigma_aux)
-                w = config.lambda_aux * _weights(weighting, sigma_aux)
+            w = config.lambda_aux * _weights(weighting, sigma_aux)
             v = _predict(velocity, z_aux, sigma_aux, cond, dtype)
             yield term(v, target, sigma_aux, w, counts)
             del v
@@ -266,7 +271,9 @@ def soar_loss(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: A
 
 
 def loss_normalizer(t: Tensor, config: SoarConfig) -> Tensor:
-    """B + lambda * points, for samples at sampler times t (B,): those of the global batch."""
+    """B + lambda * points, for samples at sampler times t (B,): give those of the global batch, all
+    ranks and micro-batches. Where gradients are averaged over ranks, as DDP does, divide the result
+    by the number of ranks; where the trainer divides by the micro-batches, by theirs too."""
     _, above = _rollout_end(t, config)
     paths = 1 + (config.num_rollout_paths - 1) * above.to(t.dtype)
     return (1 + config.lambda_aux * config.num_aux_points * paths).sum()
@@ -275,7 +282,9 @@ def loss_normalizer(t: Tensor, config: SoarConfig) -> Tensor:
 def _rollout_end(t: Tensor, config: SoarConfig) -> tuple[Tensor, Tensor]:
     """Where the rollout from t ends; whether that is above t_min, where stochastic points count."""
     t_next = t - 1 / config.num_sampling_steps
-    return t_next.clamp(min=config.t_min), t_next > config.t_min
+    end = t_next.clamp(min=config.t_min)
+    # Never above t: float32's t_min, which a t may be, can lie below t_min.
+    return torch.minimum(end, t), t_next > config.t_min
 
 
 # --- Checks and casts: nothing of the method from here on ---
@@ -288,7 +297,8 @@ def _aligned(**tensors: Any) -> list[Tensor]:
     if not isinstance(first, Tensor) or first.ndim < 2 or first.numel() == 0:
         came = getattr(first, "shape", first)
         raise ValueError(f"{name} is {came!r}, expected a Tensor (B, ...), no dimension 0")
-    wide, aligned = torch.promote_types(first.dtype, torch.float32), []
+    wide = torch.promote_types(first.dtype, torch.float32)
+    aligned = []
     for name, x in tensors.items():
         if name.startswith("sigma"):
             _expect(name, x, first.shape[:1], first.device)
@@ -301,7 +311,8 @@ def _aligned(**tensors: Any) -> list[Tensor]:
 
 def _expect(name: str, x: Any, shape: tuple, device: torch.device, dtype=None) -> None:
     """Raises ValueError unless x is a floating Tensor of this shape, device and dtype, if given."""
-    came, fits = f"a {type(x).__name__}", False
+    came = f"a {type(x).__name__}"
+    fits = False
     if isinstance(x, Tensor):
         came = f"{tuple(x.shape)} {x.dtype} on {x.device}"
         fits = x.shape == shape and x.device == device and x.is_floating_point()

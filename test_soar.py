@@ -83,8 +83,12 @@ class Case:
         part, d = copy.copy(self), self.draws
         part.z0, part.cond = self.z0[index], self.cond[index]
         stacked = [x if x is None else x[:, index] for x in (d.path_noise, d.path_z1)]
-        z1, t, u = d.z1[index], d.t[index], d.u[:, :, index]
-        part.draws = Draws(z1, t, u, *stacked)
+        part.draws = Draws(
+            d.z1[index],
+            d.t[index],
+            d.u[:, :, index],
+            *stacked,
+        )
         return part
 
     def arguments(self, velocity=None):
@@ -383,6 +387,7 @@ def reference_points(case, b):
 
     t_next = t - 1 / c.num_sampling_steps
     end = max(t_next, c.t_min)
+    end = min(end, t)  # t may be t_min rounded to float32, and that less
     sigma = c.shift * t / (1 + (c.shift - 1) * t)
     sigma_next = c.shift * end / (1 + (c.shift - 1) * end)
     z = (1 - sigma) * z0 + sigma * z1
@@ -404,9 +409,11 @@ def reference_points(case, b):
 
 @given(cases, st.booleans())
 @example(Case((2, 3), SoarConfig(1.0, 1, 2, shift=6.0, logit_mean=50.0), 0), False)  # t = 1
+@example(Case((2, 3), SoarConfig(1.0, 1, 2, t_min=0.7, logit_mean=-50.0), 0), False)  # t < t_min
 def test_terms_equal_the_papers_formulas_for_any_settings(case, extreme):
-    def weighting(sigma):
-        return 0.5 + sigma**2
+    def weighting(sigma):  # a learned one: each term has a gradient through it too
+        learned = case.model.null.square().mean()
+        return 0.5 + sigma**2 + learned
 
     if extreme:  # t where something begins or ends, u = 0 or as near to 1 as it comes
         t_min, step = case.config.t_min, 1 / case.config.num_sampling_steps
@@ -457,10 +464,10 @@ STATE_FUNCTIONS = [
     (partial(soar.guided_velocity, guidance_scale=2.0), "v_uncond v_cond"),
     (rollout_step, "z v sigma sigma_next"),
     *[(partial(rollout_step, kind=x), "z v noise sigma sigma_next") for x in SDE_TYPES],
-    (soar.renoise, "z_hat z1 sigma_hat sigma"),
+    (soar.renoise, "z_hat z1 sigma_next sigma_aux"),
     (soar.correction_target, "z z0 sigma"),
 ]
-LEVELS = {"sigma": 0.75, "sigma_next": 0.5, "sigma_hat": 0.5}
+LEVELS = {"sigma": 0.75, "sigma_next": 0.5, "sigma_aux": 0.625}
 
 
 @pytest.mark.parametrize("function, names", STATE_FUNCTIONS)
@@ -619,8 +626,8 @@ REFUSED = [  # a call, and the words that its error holds: what came, what was e
     (lambda: rollout_step(Z, Z, S, S, noise=Z), "'ode'; Tensor; None"),
     (lambda: rollout_step(Z, Z, S, S, kind="euler", noise=Z), "'euler'; flow_sde"),
     (lambda: soar.renoise(Z, Z1, S, S), "z1; (1, 3); (2, 3)"),
-    (lambda: soar.renoise(Z, Z, S1, S), "sigma_hat; (1,); (2,)"),
-    (lambda: soar.renoise(Z, Z, S, S1), "sigma; (1,); (2,)"),
+    (lambda: soar.renoise(Z, Z, S1, S), "sigma_next; (1,); (2,)"),
+    (lambda: soar.renoise(Z, Z, S, S1), "sigma_aux; (1,); (2,)"),
     (lambda: soar.correction_target(Z, Z1, S), "z0; (1, 3); (2, 3)"),
     (lambda: soar.correction_target(Z, Z, S1), "sigma; (1,); (2,)"),
     (lambda: soar.sft_loss(unused, Z, Z1, S, None), "z1; (1, 3); (2, 3)"),
