@@ -49,7 +49,7 @@ class SoarConfig:
     # where a longer step is cut off at the clean end, targets are so large that they rule the
     # gradient.
     num_sampling_steps: int = 40
-    guidance_scale: float = 4.5  # of the rollout; 1 is unguided
+    guidance_scale: float = 4.5  # w of the rollout; 1 is unguided
     shift: float = 3.0  # of sigma(t); that of the sampler
     t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it
     logit_mean: float = 0.0  # t = sigmoid(logit_mean + logit_std n), n ~ N(0, 1)
