@@ -112,8 +112,10 @@ class TrainingConfig:
     """Forwards per step and GPU; the global batch is the product of both and the GPUs."""
     max_train_steps: int = 5000
     learning_rate: float = 2e-5
-    lr_scheduler: str = "constant"
-    """A name known to diffusers.optimization.get_scheduler; constant_with_warmup warms up."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Of diffusers.optimization.get_scheduler; all but constant warm up."""
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
@@ -172,9 +174,10 @@ class RestConfig:
     logging_steps: int = 10
     """Steps per line of metrics, which holds their means."""
     validation_prompts: Path | None = None
-    """A prompt file as sample.py reads it: an image each, from noise that stays the same."""
+    """A prompt file as sample.py reads it: an image each, from noise that stays the same, with
+    --num_sampling_steps and --guidance_scale."""
     validation_steps: int = 500
-    """Steps between validation images; there are some before the first step, too."""
+    """Steps between validation images; there are some before the first step and after the last."""
     dry_run: bool = False
     """Load and check everything, print the summary, and stop."""
 
@@ -707,13 +710,6 @@ def take(draws: Draws, part: slice, device: torch.device) -> Draws:
     )
 
 
-def deaf_to_signals(_: int) -> None:
-    """For DataLoader workers: a signal to the whole process tree is the ranks' to heed, which still
-    need their workers until the step ends. Workers end with their rank, by torch's watchdog."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 # --- Model and optimizer --------------------------------------------------------------------------
 
 LORA_MODULES = (
@@ -921,7 +917,10 @@ def run_settings(args: Args, world_size: int, pairs: Pairs) -> dict:
 
 def check_start(args: Args, settings: dict, checkpoint: Path | None, step: int) -> None:
     """Raises ValueError: output_dir is of other settings, or beyond --max_train_steps."""
-    for path in (args.output_dir / "settings.json", (checkpoint or Path()) / "trainer_state.json"):
+    files = [args.output_dir / "settings.json"]
+    if checkpoint is not None:
+        files.append(checkpoint / "trainer_state.json")
+    for path in files:
         if path.is_file():
             check_settings(settings, path)
     steps = args.training.max_train_steps
@@ -968,7 +967,8 @@ def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
 
 
 def means(sums: list[list[float]]) -> dict[str, float]:
-    """Metrics from sums over steps: loss; mean errors, unweighted, also by quarter of sigma."""
+    """Metrics from sums over steps: loss; mean errors, unweighted, also by quarter of sigma; the
+    gradient's norm before it is clipped."""
     loss, grad_norm, steps, _ = sums[4]
     line = {"loss": loss / steps}
     for name, errors, counts in (("base", sums[0], sums[1]), ("aux", sums[2], sums[3])):
@@ -1038,6 +1038,13 @@ def signals_noted() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def deaf_to_signals(_: int) -> None:
+    """For DataLoader workers: a signal to the whole process tree is the ranks' to heed, which still
+    need their workers until the step ends. Workers end with their rank, by torch's watchdog."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -1126,8 +1133,8 @@ def count_flops(args: Args, run: Run, velocity: Velocity, z: Tensor) -> float:
     terms = count_terms(args.soar)
     passes = 2 if args.training.lora_rank else 3  # frozen weights need no gradients of their own
     rollout = 1 if terms > 1 and args.soar.guidance_scale != 1 else 0
-    forwards = args.training.gradient_accumulation_steps * run.world_size
-    return counter.get_total_flops() * (passes * terms + rollout) * forwards
+    micro_batches = args.training.gradient_accumulation_steps * run.world_size
+    return counter.get_total_flops() * (passes * terms + rollout) * micro_batches
 
 
 def report(args: Args, run: Run, flops: float) -> None:
@@ -1138,7 +1145,8 @@ def report(args: Args, run: Run, flops: float) -> None:
     factors = (run.world_size, training.gradient_accumulation_steps, training.train_batch_size)
     shares = f"{factors[0]} processes x {factors[1]} x {factors[2]}"
     rollout = " and 1 without" if terms > 1 and args.soar.guidance_scale != 1 else ""
-    needed, free = 12 * size, check_room(args.output_dir)
+    needed = 12 * size  # bytes: a weight and AdamW's two moments, in float32
+    free = check_room(args.output_dir)
     room = f"{needed / 1e9:.2f} GB a checkpoint; {free / 1e9:.2f} GB are free"
     precision = {"bf16": "bfloat16", "no": "float32"}[training.mixed_precision]
     start = args.transformer or args.pretrained_model_name_or_path
@@ -1148,7 +1156,8 @@ def report(args: Args, run: Run, flops: float) -> None:
     print(f"global batch {batch} = {shares}")
     steps = f"{training.max_train_steps}, {run.start} done"
     print(f"steps        {steps}; an epoch is {len(run.pairs) // batch}")
-    print(f"a step       {terms} forwards with backwards{rollout}, {flops / 1e12:.2f} TFLOP")
+    cost = f"{flops / 1e12:.2f} TFLOP for the global batch"
+    print(f"a step       {terms} forwards with backwards{rollout} of each image; {cost}")
     print(f"written to   {args.output_dir}, {room}", flush=True)
     if free < needed:
         fault = f"{free / 1e9:.2f} GB are free, fewer than a checkpoint takes"
@@ -1167,10 +1176,9 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
         for i in range(num_terms):
             average = last and i == num_terms - 1
             with contextlib.nullcontext() if average else ddp.no_sync():
-                term = next(terms)
+                term = next(terms)  # the forward, which no_sync must hold as well
                 term.loss.backward()
             add_term(sums, term, auxiliary=i > 0)
-            del term  # or its graph would live on into the next forward
 
 
 def clip_gradients(parameters: list[Tensor], max_norm: float, sums: Tensor) -> None:
@@ -1230,7 +1238,8 @@ def validate(args: Args, run: Run, step: int, log: Log | None) -> None:
 
 
 class Meter:
-    """Speed and memory since the last line of metrics."""
+    """Speed, of all ranks together, since the last line of metrics, validation or checkpoint; this
+    rank's peak of memory since its start; mfu: the share of the GPUs' peak speed that is used."""
 
     def __init__(self, args: Args, run: Run, flops: float):
         self.images, self.flops = args.global_batch(run.world_size), flops
@@ -1299,6 +1308,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     channels = run.transformer.config.in_channels
     latents_shape = (args.global_batch(world_size), channels, side, side)
     num_terms = count_terms(args.soar)
+    lr_factor = make_lr_factor(training, optimizer)
     velocity = make_velocity(ddp, device, training.mixed_precision == "bf16")
     z = torch.zeros(training.train_batch_size, *latents_shape[1:], device=device)
     flops = count_flops(args, run, velocity, z)
@@ -1308,7 +1318,6 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         return
     noted = stack.enter_context(signals_noted())
     log, batches = start_writing(args, run, stack)
-    lr_factor = make_lr_factor(training, optimizer)
     if rest.compile:
         compile_blocks(run.transformer)
     steps = training.max_train_steps

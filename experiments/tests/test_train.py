@@ -412,6 +412,18 @@ def test_dry_run_refuses_an_output_dir_that_cannot_be_written(tmp_path, place):
     refused(tmp_path / place, "--output_dir", "cannot be written", kind=OSError, dry_run=True)
 
 
+def test_dry_run_refuses_a_learning_rate_schedule_that_cannot_be_made(tmp_path):
+    flags = {"dry_run": True, "lr_scheduler": "polynomial"}
+    refused(tmp_path / "run", "lr_end", learning_rate=1e-8, **flags)  # it would end at 1e-7
+    refused(tmp_path / "run", "--lr_scheduler", "cosin", dry_run=True, lr_scheduler="cosin")
+
+
+def test_fresh_run_heeds_no_trainer_state_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "trainer_state.json").write_text('{"settings": {"seed": 7}}')
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "run", dry_run=True)
+
+
 def test_output_dir_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10, 9, 1e6)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
