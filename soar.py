@@ -2,6 +2,10 @@
 trains the model to head for the clean latent from wherever one sampler step of its own lands.
 To use it elsewhere, copy this file: it needs torch and einops.
 
+    draws = draw(z0.shape, config, generator)
+    for term in soar_terms(velocity, z0, draws, cond, uncond, config):
+        term.loss.backward()
+
     z0      (B, ...)  clean latent, the end of the path at noise level 0
     z1      (B, ...)  Gaussian noise, the end at noise level 1
     sigma   (B,)      noise level; on the ideal path z = (1 - sigma) z0 + sigma z1
@@ -196,7 +200,8 @@ class Term(NamedTuple):
 
 def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: Any, *,
              weighting: Weighting = None) -> Tensor:
-    """The flow-matching loss w(sigma) * mean |v - (z1 - z0)|^2, (B,), not reduced over samples."""
+    """The flow-matching loss w(sigma) * mean |v - (z1 - z0)|^2, (B,), not reduced over samples. z0
+    and z1 have one dtype: z0.float() goes with draws.z1."""
     z = interpolate(z0, z1, sigma)
     sigma = sigma.to(z.dtype)
     w = _weights(weighting, sigma)

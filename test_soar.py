@@ -266,9 +266,10 @@ def test_loss_equals_e_for_any_lambda_n_and_m_when_all_errors_are_e(case, e):
     assert_close(case.loss(velocity).item(), e, rtol=1e-8, atol=0)
 
 
-@given(cases, st.integers(1, 4))
-def test_parts_of_a_batch_add_up_to_the_whole_under_its_normalizer(case, cut):
+@given(cases, st.data())
+def test_parts_of_a_batch_add_up_to_the_whole_under_its_normalizer(case, data):
     """n = B + lambda points of the whole:  L(whole) = L(left; n) + L(right; n),  L(2 n) = L / 2."""
+    cut = data.draw(st.integers(1, max(1, len(case.z0) - 1)))
     n = soar.loss_normalizer(case.draws.t.double(), case.config)
     parts = [case.part(slice(0, cut)), case.part(slice(cut, None))]
     total = sum(part.loss(normalizer=n) for part in parts if len(part.z0))
@@ -375,7 +376,7 @@ def reference_points(case, b):
     """Error, level and whether it counts, of each point of sample b, the base one first."""
     c, z0, cond = case.config, case.z0[b], case.cond[b]
     draws = (x if x is None else x.double() for x in case.draws)
-    z1, t, levels, noise, path_z1 = draws
+    z1, t, places, noise, path_z1 = draws
     z1, t = z1[b], t[b].item()
 
     def predict(z, sigma, cond):
@@ -400,7 +401,7 @@ def reference_points(case, b):
         n = noise[m - 1, b] if m else None
         z_hat = reference_step(kind, z, v, n, sigma, sigma_next, c)
         toward = z1 if c.shared_noise else path_z1[m, b]
-        for u in levels[m, :, b].tolist():
+        for u in places[m, :, b].tolist():
             s = (1 - u) * sigma_next + u * min(c.sigma_upper_ratio * sigma, 1)
             alpha = (s - sigma_next) / (1 - sigma_next)
             z_aux = (1 - alpha) * z_hat + alpha * toward
