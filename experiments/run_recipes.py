@@ -1,12 +1,13 @@
 """Run the recipes of recipes.md in diffusers' training scripts, whole, with tiny random models.
 
-    python -m experiments.run_recipes --diffusers CHECKOUT [--only flux2 ...]
+    python -m experiments.run_recipes --diffusers CHECKOUT [--only flux2_lora ...]
+    python -m experiments.run_recipes --diffusers CHECKOUT --only flux2_lora --write DIR
 
-CHECKOUT is a clone of huggingface/diffusers; its scripts are read from there, edited in memory as
-the page says, and run on eight images of the shapes world. Each script runs three times: with the
-self-test in float32 and in bf16, then with SOAR in place of its loss. A row for each is printed in
-the form of the page's last table. Text encoders are stubs that return random embeddings of the
-prompt. Needs torchvision.
+CHECKOUT is a clone of huggingface/diffusers; its scripts are read from there and edited as the page
+says. The second command writes them to DIR. The first runs each three times on eight images of the
+shapes world: with the self-test in float32 and in bf16, then with SOAR in place of its loss. A row
+for each is printed in the form of the page's last table. Text encoders are stubs that return random
+embeddings of the prompt. Needs torchvision.
 """
 
 import argparse
@@ -267,14 +268,28 @@ def changed_lines(diffusers: Path, name: str) -> tuple[int, int]:
     return new.count("\n") - old.count("\n") + removed, removed
 
 
+def write(diffusers: Path, names: list[str], folder: Path) -> None:
+    """The scripts with SOAR in place of their loss, and with the self-test, as SELFTEST_SCRIPT."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        script, heading, _ = SCRIPTS[name]
+        text = (diffusers / "examples" / "dreambooth" / script).read_text()
+        (folder / script).write_text(edited(text, heading, self_test=False))
+        (folder / f"selftest_{script}").write_text(edited(text, heading, self_test=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--diffusers", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--write", type=Path, help="write the scripts there, and run nothing")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return run_one(args.diffusers, *args.one)
+    if args.write:
+        write(args.diffusers, args.only, args.write)
+        return
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     for name in args.only:
         results = {}

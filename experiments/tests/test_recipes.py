@@ -1012,7 +1012,7 @@ def shift_table() -> str:
     for name, (config, tokens) in SCHEDULERS.items():
         scheduler, shift, mu = shift_of(config, tokens)
         found[name] = shift, pipeline_sigmas(scheduler, mu)
-    found["Flux.2-dev, 1024 x 1024"] = flux2_levels(4096, 40)
+    found["Flux.2-dev, 1024 x 1024, 40 steps"] = flux2_levels(4096, 40)
     for name, (shift, theirs) in found.items():
         ours = soar.sigma_from_t(1 - torch.arange(40) / 40, shift)
         rows.append(f"| {name} | {shift:.3f} | {(theirs - ours).abs().max().item():.3f} |")
