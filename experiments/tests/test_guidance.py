@@ -61,3 +61,10 @@ def test_a_sweep_keeps_what_is_finished_and_tells_arms_apart(tmp_path, monkeypat
     guidance.figure(result, tmp_path / "guidance.png")
     with Image.open(tmp_path / "guidance.png") as image:
         assert image.width > 700
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    results = guidance.Path(guidance.__file__).parent / "results"
+    scores, spreads, *_ = guidance.table(json.loads((results / "guidance.json").read_text())).split("\n\n")
+    page = (results / "README.md").read_text()
+    assert scores in page and spreads in page
