@@ -738,7 +738,8 @@ def test_streamed_gives_the_whole_loss_and_gradients(hook):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_streamed_in_bf16_with_lora_and_accumulation(hook):
+@pytest.mark.parametrize("form", ["streamed", "sum"])
+def test_hook_and_sum_in_bf16_with_lora_and_accumulation(form, hook):
     """Gradients of the adapters alone, halved over two micro-batches, and near float32's."""
     made = {}
     for steps, dtype in ((1, torch.float32), (2, torch.float32), (1, torch.bfloat16)):
@@ -747,10 +748,14 @@ def test_streamed_in_bf16_with_lora_and_accumulation(hook):
         net.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
         net.to(dtype)
         velocity = lambda z, s, c: sd3_model(z.to(dtype), 1000 * s, c, dtype)  # noqa: B023, E731
-        cond = hook["cond"].to(dtype)
-        call = (velocity, hook["latents"].to(dtype), torch.tensor([0.9, 0.2]), cond, cond * 0)
-        backward = Plain(steps).backward
-        loss = sys.modules["streamed"].streamed(backward, *call, soar.SoarConfig(), rng())
+        cond, latents = hook["cond"].to(dtype), hook["latents"].to(dtype)
+        rest = (cond, cond * 0, soar.SoarConfig())
+        backward, sigmas = Plain(steps).backward, torch.tensor([0.9, 0.2])
+        if form == "streamed":
+            loss = sys.modules["streamed"].streamed(backward, velocity, latents, sigmas, *rest, rng())
+        else:
+            draws = soar.draw(latents.shape, rest[-1], rng())._replace(t=soar.t_from_sigma(sigmas))
+            loss = soar.soar_loss(velocity, latents.float(), draws, *rest)
         backward(loss)
         made[steps, dtype] = loss.item(), gradients(net)
     loss, whole = made[1, torch.float32]
