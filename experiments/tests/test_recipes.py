@@ -814,7 +814,7 @@ def test_musubi_block_takes_a_soar_step(hook, monkeypatch, tmp_path):
     assert loss.isfinite()
 
 
-def ai_toolkit(hook, mask):
+def ai_toolkit(hook, mask, condition=lambda z, batch: z, **settings):
     """SDTrainer's method, at the place of its chain of losses, with the names that are there."""
     block = textwrap.indent(PAGE["ai-toolkit"][0], "    ")
     text = (
@@ -825,7 +825,12 @@ def ai_toolkit(hook, mask):
     exec(text, names)
 
     class Trainer:
-        train_config = SimpleNamespace(loss_type="soar", timestep_type="sigmoid", linear_timesteps=False)
+        train_config = SimpleNamespace(**{
+            "loss_type": "soar", "timestep_type": "sigmoid", "linear_timesteps": False,
+            "linear_timesteps2": False, "do_guidance_loss": False, "diff_output_preservation": False,
+            "blank_prompt_preservation": False, **settings,
+        })  # fmt: skip
+        sd = SimpleNamespace(condition_noisy_latents=condition)
         accelerator, device_torch = backward_of(None), "cpu"
         unconditional_embeds = randn(12, 1, 5, 8)
 
@@ -854,7 +859,19 @@ def test_ai_toolkit_block_takes_a_soar_step(hook):
     assert loss.isfinite()
 
 
-def simple_tuner(hook):
+def test_ai_toolkit_block_gives_the_model_conditioned_latents(hook):
+    plain = ai_toolkit(hook, 1.0)
+    conditioned = ai_toolkit(hook, 1.0, condition=lambda z, batch: z + 1)
+    assert (conditioned - plain).abs() > 0.01 * plain
+
+
+@pytest.mark.parametrize("setting", ["linear_timesteps2", "do_guidance_loss", "blank_prompt_preservation"])
+def test_ai_toolkit_block_refuses_a_loss_that_it_would_leave_out(setting, hook):
+    with pytest.raises(ValueError, match="guidance"):
+        ai_toolkit(hook, 1.0, **{setting: True})
+
+
+def simple_tuner(hook, masked):
     """Trainer._compute_model_prediction_loss of SimpleTuner, and the model that it calls."""
     text = "def loss_of(self, prepared_batch):\n" + textwrap.indent(PAGE["SimpleTuner"][0], "    ")
     names = {"torch": torch}
@@ -870,28 +887,31 @@ def simple_tuner(hook):
 
         def model_predict(self, prepared_batch):
             b = prepared_batch
+            masked.append(b["encoder_attention_mask"])
             v = sd3_model(b["noisy_latents"], b["timesteps"], b["encoder_hidden_states"])
             return {"model_prediction": v}
 
     batch = {"latents": hook["latents"], "encoder_hidden_states": cond, "add_text_embeds": None}
     batch |= {"negative_encoder_hidden_states": empty, "sigmas": torch.tensor([0.9, 0.2])}
+    batch |= {"encoder_attention_mask": "prompt's", "negative_encoder_attention_mask": "empty's"}
     return names["loss_of"](Trainer(), batch)
 
 
 def test_simple_tuner_block_is_its_loss_at_lambda_zero(lambda_zero, hook):
-    loss, logs, diffusion, aux, distill = simple_tuner(hook)
+    loss, logs, diffusion, aux, distill = simple_tuner(hook, [])
     own = flow_loss(sd3_model, hook["latents"], lambda_zero[-1], hook["cond"], 3.0)
     torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
     assert (logs, aux, distill) == ({}, None, {}) and not diffusion.requires_grad
 
 
 def test_simple_tuner_block_takes_a_soar_step(hook):
-    loss = simple_tuner(hook)[0]
+    masked = []
+    loss = simple_tuner(hook, masked)[0]
     loss.backward()
-    assert loss.isfinite()
+    assert loss.isfinite() and masked == ["prompt's", "empty's"] + ["prompt's"] * 6
 
 
-def sd_scripts(hook, monkeypatch):
+def sd_scripts(hook, monkeypatch, **more):
     """sd3_train_network's trainer, between its parent's process_batch and post_process_loss."""
     script, library = types.ModuleType("sd3_train_network"), types.ModuleType("library")
     script.Sd3NetworkTrainer = type("Sd3NetworkTrainer", (), {"sample_prompts_te_outputs": {
@@ -910,7 +930,7 @@ def sd_scripts(hook, monkeypatch):
     exec(PAGE["sd-scripts"][0], names)
     args = SimpleNamespace(loss_type="l2", masked_loss=False, seed=0, weighting_scheme="none",
                            gradient_checkpointing=False)  # fmt: skip
-    batch = {"loss_weights": torch.tensor([1.0, 3.0])}
+    batch = {"loss_weights": torch.tensor([1.0, 3.0])} | more
     conds = [hook["cond"], torch.zeros(BATCH, 0, 8), torch.zeros(BATCH, 8), None, None, None]
     unet = lambda z, t, context, y: sd3_model(z, t, context)  # noqa: E731
     trainer = names["SoarTrainer"]()
@@ -937,7 +957,12 @@ def test_sd_scripts_block_takes_a_soar_step(hook, monkeypatch):
     assert loss.isfinite()
 
 
-def diffsynth(hook):
+def test_sd_scripts_block_refuses_a_mask(hook, monkeypatch):
+    with pytest.raises(ValueError, match="masks"):
+        sd_scripts(hook, monkeypatch, alpha_masks=torch.ones(BATCH, 8, 8))
+
+
+def diffsynth(hook, **more):
     """What DiffSynth-Studio's task_to_loss gives a loss, and what of the pipeline it uses."""
     names = {}
     exec(PAGE["DiffSynth-Studio"][0], names)
@@ -947,9 +972,11 @@ def diffsynth(hook):
 
     sigmas = soar.sigma_from_t(torch.linspace(1, 0.001, 1000), 3.0)
     scheduler = SimpleNamespace(sigmas=sigmas, training_weight=lambda t: 1 + t.sum() / 1000)
+    scheduler.timesteps = 1000 * sigmas
     pipe = SimpleNamespace(in_iteration_models=("dit",), torch_dtype=torch.float32, device="cpu")
     pipe.dit, pipe.model_fn, pipe.scheduler = small_model, model_fn, scheduler
-    shared = {"input_latents": hook["latents"][:1], "use_gradient_checkpointing": True}
+    shared = {"input_latents": hook["latents"][:1], "use_gradient_checkpointing": True, "cfg_scale": 2}
+    shared |= more
     text = {"prompt_emb": hook["cond"][:1]}
     return names["soar_sft_loss"](pipe, shared, text, {"prompt_emb": text["prompt_emb"] * 0})
 
@@ -965,6 +992,12 @@ def test_diffsynth_block_is_its_loss_at_lambda_zero(lambda_zero, hook):
     own = flow_loss(small_model, hook["latents"][:1], draws, hook["cond"][:1], 3.0)
     weight = 1 + soar.sigma_from_t(draws.t).item()
     torch.testing.assert_close(loss, weight * own, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cfg_scale", "min_timestep_boundary", "first_frame_latents"])
+def test_diffsynth_block_refuses_what_it_would_get_wrong(name, hook):
+    with pytest.raises(ValueError, match="cfg_scale"):
+        diffsynth(hook, **{name: 1})
 
 
 def test_diffsynth_block_takes_a_soar_step(hook):
