@@ -55,12 +55,15 @@ class Net(torch.nn.Module):
         return self.scale * z + time.view(-1, 1, 1, 1) / 1000 * text[..., None, None]
 
 
-def recipe(form, model, rows):
+LEVELS = torch.tensor([0.9, 0.2, 0.7, 0.4])
+
+
+def recipe(form, model, rows, **options):
     """A step of one form of recipe on some rows of the batch, with these rows of its draws."""
     z0, cond = randn(3, BATCH, 16, 4, 4), randn(4, BATCH, 5, 8)
     z1, t, u, path_noise, _ = soar.draw(z0.shape, soar.SoarConfig(), torch.Generator())
     draws = soar.Draws(z1[rows], t[rows], u[:, :, rows], path_noise[:, rows], None)
-    z0, cond, levels = z0[rows], cond[rows], torch.tensor([0.9, 0.2, 0.7, 0.4])[rows]
+    z0, cond, levels = z0[rows], cond[rows], LEVELS[rows]
     empty = randn(5, 1, 5, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(soar, "draw", lambda *_: draws)
@@ -75,9 +78,11 @@ def recipe(form, model, rows):
         call = (lambda z, sigma, cond: model(z, 1000 * sigma, cond), z0)
         text = (cond, empty.expand(len(z0), -1, -1), soar.SoarConfig())
         if form == "hook":
-            names["streamed"](torch.Tensor.backward, *call, levels, *text, None).backward()
+            call = (torch.Tensor.backward, *call, levels, *text, None)
+            names["streamed"](*call, **options).backward()
         else:
-            soar.soar_loss(*call, draws._replace(t=soar.t_from_sigma(levels)), *text).backward()
+            call = (*call, draws._replace(t=soar.t_from_sigma(levels)), *text)
+            soar.soar_loss(*call, **options).backward()
 
 
 FORMS = ("terms", "hook", "sum")
@@ -123,3 +128,27 @@ def test_recipes_under_ddp_get_the_single_process_gradients(form, ranks):
     assert len(expected) == 2 and all(x.any() for x in expected)
     for saved in ranks:
         assert_close(of(saved, form), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_equal_micro_batches_get_the_sums_gradients_of_the_whole_batch(form):
+    whole, halves = Net(), Net()
+    recipe("sum", whole, slice(0, BATCH))
+    recipe(form, halves, slice(0, 2))
+    recipe(form, halves, slice(2, BATCH))
+    assert_close([x / 2 for x in gradients(halves)], gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["hook", "sum"])
+def test_unequal_micro_batches_do_so_with_a_normalizer(form):
+    whole, parts, without = Net(), Net(), Net()
+    recipe("sum", whole, slice(0, BATCH))
+    config = soar.SoarConfig()
+    normalizer = soar.loss_normalizer(soar.t_from_sigma(LEVELS), config) / 2  # the trainer's mean
+    for rows in (slice(0, 1), slice(1, BATCH)):
+        recipe(form, parts, rows, normalizer=normalizer)
+        recipe(form, without, rows)
+    expected = gradients(whole)
+    assert_close([x / 2 for x in gradients(parts)], expected, rtol=1e-4, atol=1e-6)
+    for x, y in zip(gradients(without), expected):
+        assert not torch.allclose(x / 2, y, rtol=0.01)
