@@ -26,11 +26,12 @@ import dataclasses
 import importlib
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
@@ -368,8 +369,8 @@ def simpletuner(checkout: Path, dtype: torch.dtype) -> tuple:
         batch[f"{prefix}encoder_hidden_states"] = randn(seed, BATCH, 5, 8).to(dtype)
         batch[f"{prefix}add_text_embeds"] = randn(seed + 8, BATCH, 8).to(dtype)
     file = checkout / "simpletuner" / "helpers" / "training" / "trainer.py"
-    anchor = "        model_pred = self.model_predict(\n            prepared_batch=prepared_batch,\n"
-    anchor += "        )\n        loss, loss_logs"
+    call = "model_pred = self.model_predict(\n    prepared_batch=prepared_batch,\n)\nloss, "
+    anchor = textwrap.indent(call, " " * 8)
 
     def step(*edits):
         trainer = object.__new__(edited(file, *edits).Trainer)
@@ -412,8 +413,8 @@ def measure(make: Callable, checkout: Path, dtype: torch.dtype) -> tuple[float, 
     with blocks_see(noise) as seen:
         loss = ours()
     whole = abs(loss.item() / sum(seen.terms) - 1) < 1e-5
-    grads = reached(loss, model)
-    return off, len(seen.terms) == 7 and whole and seen.guided and bool(weights) and weights <= grads
+    reaches = bool(weights) and weights <= reached(loss, model)
+    return off, len(seen.terms) == 7 and whole and seen.guided and reaches
 
 
 def main() -> None:
@@ -421,11 +422,12 @@ def main() -> None:
     for name in TRAINERS:
         parser.add_argument(f"--{name}", type=Path)
     args = vars(parser.parse_args())
+    given = {name: args[name].resolve() for name in TRAINERS if args[name]}
     sys.meta_path.insert(0, Absent())
-    for name, (heading, function, changed, make) in TRAINERS.items():
-        if args[name] is None:
-            continue
-        off, ran = zip(*(measure(make, args[name].resolve(), x) for x in DTYPES.values()))
+    os.chdir(mkdtemp())  # SimpleTuner writes a log there
+    for name, checkout in given.items():
+        heading, function, changed, make = TRAINERS[name]
+        off, ran = zip(*(measure(make, checkout, dtype) for dtype in DTYPES.values()))
         added = sum(block.count("\n") for block in PAGE[heading]) + changed
         cells = [f"{heading}, `{function}`", f"{added}, {changed}"]
         cells += [f"{x:.0e}" for x in off] + ["yes" if all(ran) else "no"]
