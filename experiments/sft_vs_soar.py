@@ -110,6 +110,11 @@ ARMS = {
     "soar_u1": Arm("SOAR, sigma' <= sigma0", SoarConfig(sigma_upper_ratio=1.0)),
     "soar_n1": Arm("SOAR, N = 1", SoarConfig(num_aux_points=1)),
     "soar_n1_l6": Arm("SOAR, N = 1, lambda = 6", SoarConfig(num_aux_points=1, lambda_aux=6.0)),
+    "soar_n1_l6_steps": Arm(
+        "SOAR, N = 1, lambda = 6, 22/7 of the steps",
+        SoarConfig(num_aux_points=1, lambda_aux=6.0),
+        steps=22 / 7,
+    ),
     "soar_weighted": Arm("SOAR, weighting 2 sigma^2", weighting=endpoint_weighting),
     "sft_weighted": Arm("SFT, weighting 2 sigma^2", SFT, weighting=endpoint_weighting),
     "soar_n3": Arm("SOAR, N = 3", SoarConfig(num_aux_points=3)),
@@ -154,7 +159,7 @@ BLUR = dataclasses.replace(
     curve=(1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6), curve_arms=("sft", "soar", "soar_l0.3", "soar_u1", "soar_w1"),
 )  # fmt: skip
 CONTROL = dataclasses.replace(
-    QUICK, arms=("sft", "soar", "soar_k1e6", "soar_n1_l6"), prompts=600, curve=(), base=False
+    QUICK, arms=("sft", "soar", "soar_k1e6", "soar_n1_l6", "soar_n1_l6_steps"), prompts=600, curve=(), base=False
 )
 SETTINGS = {"quick": QUICK, "full": FULL, "blur": BLUR, "control": CONTROL}
 

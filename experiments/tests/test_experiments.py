@@ -178,13 +178,14 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
         "soar": {}, "soar_weighted": {}, "soar_w1": {"guidance_scale": 1}, "soar_sde": {"num_rollout_paths": 2},
         "soar_fresh": {"num_rollout_paths": 2, "shared_noise": False}, "soar_n1": {"num_aux_points": 1},
         "soar_n1_l6": {"num_aux_points": 1, "lambda_aux": 6},
+        "soar_n1_l6_steps": {"num_aux_points": 1, "lambda_aux": 6, "steps": 22 / 7},
         "soar_n3": {"num_aux_points": 3}, "soar_l0.1": {"lambda_aux": 0.1}, "soar_l0.3": {"lambda_aux": 0.3},
         "soar_steps": {"steps": 22 / 3}, "soar_k1e6": {"num_sampling_steps": 10**6},
         "soar_l2": {"lambda_aux": 2}, "soar_u1": {"sigma_upper_ratio": 1}, "soar_u1.5": {"sigma_upper_ratio": 1.5},
     }  # fmt: skip
-    compute = {name: experiment.ARMS[name].compute() for name in ("sft", "soar", "sft_steps", "sft_batch", "soar_w1")}
-    assert compute == pytest.approx({"sft": 1, "soar": 22 / 3, "sft_steps": 22 / 3, "sft_batch": 22 / 3, "soar_w1": 7})
-    assert experiment.ARMS["soar_sde"].compute() == pytest.approx(40 / 3)
+    expected = {"sft": 1, "soar_w1": 7, "soar_sde": 40 / 3, "soar_n1_l6": 7 / 3}
+    expected |= dict.fromkeys(["soar", "sft_steps", "sft_batch", "soar_n1_l6_steps"], 22 / 3)
+    assert {name: experiment.ARMS[name].compute() for name in expected} == pytest.approx(expected)
 
 
 def test_arms_multiply_steps_and_batch(world, monkeypatch):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import sample
 import train
-from experiments import memory, rehearsal
+from experiments import bf16_products, memory, rehearsal
 from experiments.tests.common import copy_pairs, train_args
 
 WORLD = 8
@@ -29,11 +29,57 @@ def test_rehearsal_in_little_keeps_its_promises_and_leaves_nothing(tmp_path, cap
     assert len(rows) == 2 + 5 and sum("exit 0" in x for x in rows) == 4, rows
 
 
-def test_a_processor_slow_in_bf16_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "SLOWEST", 1e18)
-    with pytest.raises(RuntimeError, match="bf16 operations a second.*give --blocks 2"):
-        rehearsal.main(rehearsal.Args(output_dir=tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+class SeenProducts(TorchDispatchMode):
+    """The dtypes that products are made in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in bf16_products.PRODUCTS:
+            self.dtypes.add(args[1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def attend(x, weight, kernel):
+    """A product of each kind: a linear layer, attention, a matrix product, a convolution."""
+    x = torch.nn.functional.linear(x, weight, weight[0])
+    heads = x.view(2, 8, 2, 16).transpose(1, 2)
+    x = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    x = x @ x.mT
+    return torch.nn.functional.conv2d(x, kernel)
+
+
+def products_and_gradients() -> list[torch.Tensor]:
+    shapes = ((2, 8, 32), (32, 32), (3, 2, 3, 3))
+    factors = [torch.randn(x, generator=sample.seeded(*x)).bfloat16() for x in shapes]
+    for x in factors:
+        x.requires_grad_()
+    y = attend(*factors)
+    y.float().square().mean().backward()
+    return [y.detach(), *(x.grad for x in factors)]
+
+
+def test_bf16_products_in_float32_are_torchs_own_to_their_rounding():
+    expected = products_and_gradients()
+    with SeenProducts() as seen, bf16_products.Bf16Products():
+        found = products_and_gradients()
+    assert seen.dtypes == {torch.float32}
+    for x, y in zip(found, expected):
+        assert x.dtype == torch.bfloat16
+        error = (x.float() - y.float()).abs().max()
+        assert error <= 0.03 * y.float().abs().max(), error
+
+
+def test_bf16_products_are_in_float32_in_inference_mode_and_under_autocast_too():
+    x, weight, kernel = (torch.randn(s) for s in ((2, 8, 32), (32, 32), (3, 2, 3, 3)))
+    with SeenProducts() as seen, bf16_products.Bf16Products(), torch.inference_mode():
+        assert attend(x.bfloat16(), weight.bfloat16(), kernel.bfloat16()).dtype == torch.bfloat16
+    assert seen.dtypes == {torch.float32}
+    with SeenProducts() as seen, bf16_products.Bf16Products(), torch.autocast("cpu"):
+        assert attend(x, weight, kernel).dtype == torch.bfloat16
+    assert seen.dtypes == {torch.float32}
 
 
 def test_real_size_is_that_of_sd35_medium():
