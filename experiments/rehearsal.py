@@ -1,6 +1,7 @@
 """train.py and sample.py on a pipeline of Stable Diffusion 3.5 Medium's exact shapes, on a CPU.
 
-    python -m experiments.rehearsal                 needs 19 GB of memory and 17 GB of disk
+    python -m experiments.rehearsal                 half an hour on two cores without bf16
+                                                    arithmetic; 22 GB of memory, 17 of disk
     python -m experiments.rehearsal --blocks 2      the same in little, in a minute
 
 Writes a pipeline as the hub holds it: the config files' real values, T5 in two shards, weights of
