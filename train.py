@@ -1179,6 +1179,7 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
                 term = next(terms)  # the forward, which no_sync must hold as well
                 term.loss.backward()
             add_term(sums, term, auxiliary=i > 0)
+            del term  # or what its graph still holds would be there during the next forward
 
 
 def clip_gradients(parameters: list[Tensor], max_norm: float, sums: Tensor) -> None:

@@ -633,6 +633,24 @@ def test_forwards_run_in_bf16_over_float32_weights_and_checkpointing_changes_no_
     assert lines(tmp_path / "False") == lines(tmp_path / "True")
 
 
+def test_backward_lets_go_of_a_term_before_the_next_forward():
+    alive = []
+
+    def terms() -> Iterator[Term]:
+        for _ in range(3):
+            loss = torch.ones((), requires_grad=True) * 2
+            graph = weakref.ref(loss)
+            yield Term(loss, loss.detach().view(1), torch.ones(1), torch.ones(1, dtype=torch.bool))
+            del loss
+            alive.append(graph() is not None)
+
+    ddp = SimpleNamespace(no_sync=contextlib.nullcontext)
+    generator = terms()
+    train.backward(generator, 3, ddp, torch.zeros(5, 4, dtype=torch.float64), last=False)
+    next(generator, None)  # goes on after the last term
+    assert alive == [False] * 3
+
+
 def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
     casts, original = [], train.backward
 
