@@ -98,6 +98,7 @@ class Arm:
 
 
 SFT = SoarConfig(lambda_aux=0.0)
+ONE_POINT = SoarConfig(num_aux_points=1, lambda_aux=6.0)  # the same expected loss as SOAR's
 ARMS = {
     "sft": Arm("SFT", SFT),
     "soar": Arm("SOAR"),
@@ -109,12 +110,8 @@ ARMS = {
     "soar_l0.3": Arm("SOAR, lambda = 0.3", SoarConfig(lambda_aux=0.3)),
     "soar_u1": Arm("SOAR, sigma' <= sigma0", SoarConfig(sigma_upper_ratio=1.0)),
     "soar_n1": Arm("SOAR, N = 1", SoarConfig(num_aux_points=1)),
-    "soar_n1_l6": Arm("SOAR, N = 1, lambda = 6", SoarConfig(num_aux_points=1, lambda_aux=6.0)),
-    "soar_n1_l6_steps": Arm(
-        "SOAR, N = 1, lambda = 6, 22/7 of the steps",
-        SoarConfig(num_aux_points=1, lambda_aux=6.0),
-        steps=22 / 7,
-    ),
+    "soar_n1_l6": Arm("SOAR, N = 1, lambda = 6", ONE_POINT),
+    "soar_n1_l6_steps": Arm("SOAR, N = 1, lambda = 6, 22/7 of the steps", ONE_POINT, steps=22 / 7),
     "soar_weighted": Arm("SOAR, weighting 2 sigma^2", weighting=endpoint_weighting),
     "sft_weighted": Arm("SFT, weighting 2 sigma^2", SFT, weighting=endpoint_weighting),
     "soar_n3": Arm("SOAR, N = 3", SoarConfig(num_aux_points=3)),

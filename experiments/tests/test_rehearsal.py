@@ -51,14 +51,18 @@ def attend(x, weight, kernel):
     return torch.nn.functional.conv2d(x, kernel)
 
 
-def products_and_gradients() -> list[torch.Tensor]:
+def factors(dtype: torch.dtype) -> list[torch.Tensor]:
+    """What attend takes."""
     shapes = ((2, 8, 32), (32, 32), (3, 2, 3, 3))
-    factors = [torch.randn(x, generator=sample.seeded(*x)).bfloat16() for x in shapes]
-    for x in factors:
-        x.requires_grad_()
-    y = attend(*factors)
+    made = [torch.randn(x, generator=sample.seeded(*x)).to(dtype) for x in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def products_and_gradients() -> list[torch.Tensor]:
+    given = factors(torch.bfloat16)
+    y = attend(*given)
     y.float().square().mean().backward()
-    return [y.detach(), *(x.grad for x in factors)]
+    return [y.detach(), *(x.grad for x in given)]
 
 
 def test_bf16_products_in_float32_are_torchs_own_to_their_rounding():
@@ -73,12 +77,11 @@ def test_bf16_products_in_float32_are_torchs_own_to_their_rounding():
 
 
 def test_bf16_products_are_in_float32_in_inference_mode_and_under_autocast_too():
-    x, weight, kernel = (torch.randn(s) for s in ((2, 8, 32), (32, 32), (3, 2, 3, 3)))
     with SeenProducts() as seen, bf16_products.Bf16Products(), torch.inference_mode():
-        assert attend(x.bfloat16(), weight.bfloat16(), kernel.bfloat16()).dtype == torch.bfloat16
+        assert attend(*factors(torch.bfloat16)).dtype == torch.bfloat16
     assert seen.dtypes == {torch.float32}
     with SeenProducts() as seen, bf16_products.Bf16Products(), torch.autocast("cpu"):
-        assert attend(x, weight, kernel).dtype == torch.bfloat16
+        assert attend(*factors(torch.float32)).dtype == torch.bfloat16
     assert seen.dtypes == {torch.float32}
 
 

@@ -1,7 +1,7 @@
 """train.py on the small Stable Diffusion 3 pipeline of experiments/shapes_data.
 
 A process that starts up imports diffusers for 7 s. So runs are calls in this process, or ranks
-forked from it, where needed by torchrun's own agent; one run is started as a user starts it.
+forked from it, where needed by torchrun's launcher; one run is started as a user starts it.
 """
 
 import ast
@@ -1062,8 +1062,8 @@ def test_lock_is_free_at_once_after_kill_9_though_workers_may_live(tmp_path):
     assert len(workers) == 2 and none_lives(workers)
 
 
-def agents(count: int, action: Callable[[], None], folder: Path, **settings) -> list[Process]:
-    """torchrun's agents, one for each node, forked from this process, which fork ranks that call
+def launchers(count: int, action: Callable[[], None], folder: Path, **settings) -> list[Process]:
+    """torchrun's launchers, one for each node, forked from this process, which fork ranks that call
     action. What they print goes to 0.0, 1.0, ... in folder."""
     name = f"localhost:{free_port()}"
     config = LaunchConfig(
@@ -1073,19 +1073,19 @@ def agents(count: int, action: Callable[[], None], folder: Path, **settings) -> 
     found = []
     for i in range(count):
         found += fork(1, lambda: elastic_launch(config, record(action))(), folder / str(i))
-    for agent in found:
-        agent.join(100)
-        if agent.is_alive():
-            for process in (*children(agent), agent):
+    for launcher in found:
+        launcher.join(100)
+        if launcher.is_alive():
+            for process in (*children(launcher), launcher):
                 process.kill()
-            agent.join()
+            launcher.join()
     return found
 
 
 def test_two_nodes_train_as_one(tmp_path, runs):
     args = train_args(output_dir=tmp_path / "run", **SHORT | THREE)
-    both = agents(2, lambda: train.main(args), tmp_path, nproc_per_node=1)
-    assert [agent.exitcode for agent in both] == [0, 0], (tmp_path / "0.0").read_text()
+    both = launchers(2, lambda: train.main(args), tmp_path, nproc_per_node=1)
+    assert [launcher.exitcode for launcher in both] == [0, 0], (tmp_path / "0.0").read_text()
     assert lines(tmp_path / "run") == lines(runs / "2x2")
 
 
@@ -1104,15 +1104,15 @@ def test_rank_that_raises_ends_all_and_torchrun_restarts_from_the_last_checkpoin
         train.encode_images = encode_images  # in a fork
         train.main(args)
 
-    (agent,) = agents(1, train_main, tmp_path, nproc_per_node=2, max_restarts=0)
+    (launcher,) = launchers(1, train_main, tmp_path, nproc_per_node=2, max_restarts=0)
     said = (tmp_path / "0.0").read_text()
-    assert agent.exitcode == 1 and "RuntimeError: rank 1 cannot go on" in said
+    assert launcher.exitcode == 1 and "RuntimeError: rank 1 cannot go on" in said
     assert [x.name[-1] for x in train.checkpoints(tmp_path / "run")] == ["2"]
     shutil.rmtree(tmp_path / "run")
     mark.unlink()
-    (agent,) = agents(1, train_main, tmp_path, nproc_per_node=2, max_restarts=1)
+    (launcher,) = launchers(1, train_main, tmp_path, nproc_per_node=2, max_restarts=1)
     said = (tmp_path / "0.0").read_text()
-    assert agent.exitcode == 0 and mark.exists(), said
+    assert launcher.exitcode == 0 and mark.exists(), said
     assert "3, 0 done" in said and "3, 2 done" in said  # of the first start and the second
     assert lines(tmp_path / "run") == lines(runs / "2x2")
 
