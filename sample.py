@@ -23,6 +23,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -56,7 +57,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from soar import guided_velocity
 
@@ -192,10 +193,12 @@ def save_whole(content: Image.Image | str, path: Path) -> None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, but for hidden files: locks, unfinished writes, .DS_Store."""
+    """What a folder holds, but for hidden files (locks, unfinished writes, .DS_Store) and what a
+    fresh disk has."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in paths if path.name != "lost+found")
 
 
 @contextlib.contextmanager
@@ -342,7 +345,9 @@ def load_transformer(
         model = _load(SD3Transformer2DModel, name_or_path, "transformer", dtype)
     else:
         model = _load(SD3Transformer2DModel, name_or_path, "transformer", torch.float32)
-        merge_lora(model, weights)
+        load_lora(model, weights)
+        model.fuse_lora()
+        model.unload_lora()
         torch.nn.Module.to(model, dtype)  # diffusers' own warns, though nothing must stay float32
     return model.requires_grad_(False).eval().to(device)
 
@@ -368,81 +373,75 @@ def _load(kind: type, name_or_path: str | Path, subfolder: str | None, dtype: to
     return model
 
 
-LORA_KEY = re.compile(
-    r"(?:transformer\.|base_model\.model\.|lora_unet_|lora_transformer_)?(?P<module>.+?)\."
-    r"(?:(?P<alpha>alpha)|(?:lora_A|lora_down|lora\.down)(?P<down>(?:\.[^.]+)?\.weight)"
-    r"|(?:lora_B|lora_up|lora\.up)(?P<up>(?:\.[^.]+)?\.weight))"
-)
+# peft's settings of a LoRA that do not change what its matrices mean, or that load_lora heeds.
+LORA_SETTINGS = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias",
+    "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "inference_mode", "task_type", "base_model_name_or_path", "revision",
+    "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size", "peft_type",
+    "peft_version",
+)  # fmt: skip
+# What other formats have in their keys, and how to make a file of diffusers from them.
+FOREIGN_LORA = {
+    r"base_model\.model\.": "it is peft's: PeftModel.from_pretrained(transformer, FOLDER), then "
+    "transformer.save_lora_adapter(DIR) writes diffusers'",
+    r"lora[._](down|up)\.|\.alpha$": "it is kohya's: name lora_down transformer.MODULE.lora_A.weight, "
+    "and lora_up times alpha / rank transformer.MODULE.lora_B.weight",
+}
 
 
-def read_lora(file: Path, model: SD3Transformer2DModel) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{module: (A (r, in), B (out, r), scale)} of a LoRA file, which adds scale B A to the module's
-    weight. Names are those of diffusers, of peft (with an adapter's name or base_model.model.), or
-    kohya's of diffusers' modules (dots as underscores, lora_down, alpha).
-    Raises ValueError unless each tensor of the file has a place in model and is of its shape."""
+def load_lora(model: SD3Transformer2DModel, file: Path) -> None:
+    """Give model the matrices of a LoRA file in float32, as its adapter "default"; all else is
+    frozen. The file is train.py's or diffusers': MODULE.lora_A.weight (r, in) and
+    MODULE.lora_B.weight (out, r), with or without "transformer." before them, and with peft's
+    settings in its metadata, else alpha = r.
+    Raises ValueError, before model is changed, unless each tensor has its place and shape."""
+    tensors, config = _read_lora(file)
     linear = {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
-    known = {name.replace(".", "_"): name for name in linear} | {name: name for name in linear}
-    parts: dict[str, dict[str, Tensor]] = {}
-    tensors, config = _read_lora_file(file)
-    for key, tensor in tensors.items():
-        match = LORA_KEY.fullmatch(key)
-        if match is None or match["module"] not in known:
-            raise ValueError(f"{file} does not fit: the model has no place for {key}")
-        kind = "alpha" if match["alpha"] else "down" if match["down"] else "up"
-        part = parts.setdefault(known[match["module"]], {})
-        if kind in part:
-            raise ValueError(f"{file}: {key} is the second of its kind, expected a single adapter")
-        part[kind] = tensor
-    if not parts:
-        raise ValueError(f"{file} holds no LoRA weights")
-    return {x: _lora_matrices(file, x, linear[x], parts[x], config) for x in sorted(parts)}
+    ranks = {}
+    for key, x in tensors.items():
+        module, _, matrix = key.rpartition(".lora_")
+        if module not in linear or matrix not in ("A.weight", "B.weight"):
+            mends = [mend for form, mend in FOREIGN_LORA.items() if re.search(form, key)]
+            fault = "; ".join([f"the model has no place for {key}", *mends])
+            raise ValueError(f"{file} does not fit: {fault}")
+        if matrix == "A.weight":
+            ranks[module] = x.shape[:1]
+    for module in {key.rpartition(".lora_")[0] for key in tensors}:
+        rank, weight = ranks.get(module, ()), linear[module].weight
+        expected = {"A": (*rank, weight.shape[1]), "B": (weight.shape[0], *rank)}
+        for matrix, shape in expected.items():
+            key = f"{module}.lora_{matrix}.weight"
+            came = tuple(tensors[key].shape) if key in tensors else "missing"
+            if came != shape or 0 in shape:
+                raise ValueError(f"{file} does not fit: {key} is {came}, expected {shape}")
+    try:
+        model.load_lora_adapter(tensors, None, adapter_name="default", metadata=config or None)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{file}: its settings do not fit its matrices: {error}") from None
+    for key, x in tensors.items():  # diffusers has cast them to the type of the frozen weights
+        parameter = model.get_parameter(key.replace(".weight", ".default.weight"))
+        parameter.data = x.to(parameter.device, torch.float32)
 
 
-def _read_lora_file(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """Its tensors, and peft's settings: in the file, where diffusers puts them, else beside it."""
+def _read_lora(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """A LoRA file's tensors and peft's settings, {} if there are none; without "transformer."."""
     try:
         with safe_open(file, "pt") as content:
-            settings = (content.metadata() or {}).get("lora_adapter_metadata")
+            settings = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {key: content.get_tensor(key) for key in content.keys()}
-        if settings is None and file.with_name(PEFT).is_file():
-            settings = file.with_name(PEFT).read_text()
-        config = json.loads(settings or "{}")
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} can't be read: {error}") from None
-    if settings is None and any(key.startswith("base_model.") for key in tensors):
-        raise ValueError(f"{file} is peft's, whose alpha is in {PEFT}: there is none beside it")
-    return tensors, {key.removeprefix("transformer."): x for key, x in config.items()}
-
-
-def _lora_matrices(
-    file: Path, name: str, module: torch.nn.Linear, part: dict[str, Tensor], config: dict
-) -> tuple[Tensor, Tensor, float]:
-    """A, B and scale of one module. config: peft's settings, or {}."""
-    if "down" not in part or "up" not in part:
-        raise ValueError(f"{file} does not fit: of {name} it holds only {', '.join(sorted(part))}")
-    a, b = part["down"].float(), part["up"].float()
-    rank = b.shape[-1] if b.ndim else 0
-    fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
-    if not fits or rank == 0:
-        came = f"{tuple(b.shape)} times {tuple(a.shape)}"
-        expected = f"{tuple(module.weight.shape)} in all"
-        raise ValueError(f"{file} does not fit: {name} is {came}, expected {expected}")
-    if config.get("use_dora") or config.get("alpha_pattern"):
-        raise ValueError(f"{file}: its settings use_dora or alpha_pattern are not supported")
-    alpha = config.get("lora_alpha", rank)
-    if "alpha" in part:
-        if part["alpha"].numel() != 1:
-            shape = tuple(part["alpha"].shape)
-            raise ValueError(f"{file}: alpha of {name} is {shape}, expected one number")
-        alpha = part["alpha"].item()
-    return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def merge_lora(model: SD3Transformer2DModel, file: Path) -> None:
-    """Add a LoRA file's matrices to the model's weights. Raises ValueError, as read_lora does."""
-    for name, (a, b, scale) in read_lora(file, model).items():
-        weight = model.get_submodule(name).weight.data
-        weight += (scale * (b @ a)).to(weight)
+    if not tensors:
+        raise ValueError(f"{file} holds no LoRA weights")
+    prefix = "transformer." if all(key.startswith("transformer.") for key in tensors) else ""
+    config = {key.removeprefix("transformer."): x for key, x in settings.items()}
+    other = [key for key, x in config.items() if x and key not in LORA_SETTINGS]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        other.append("init_lora_weights")  # one that changes the frozen weights
+    if other:
+        raise ValueError(f"{file}: its setting {other[0]} is not supported")
+    return {key.removeprefix(prefix): x for key, x in tensors.items()}, config
 
 
 def check_size(
@@ -459,6 +458,33 @@ def check_size(
 
 
 # --- Stable Diffusion 3: encode and sample --------------------------------------------------------
+
+
+def _not_of_cuts(record: logging.LogRecord) -> bool:
+    return not re.search("input was truncated|longer than the specified maximum", record.getMessage())
+
+
+# count_cut says it once; the pipeline would at each call.
+for _module in (StableDiffusion3Pipeline, PreTrainedTokenizerBase):
+    logging.getLogger(_module.__module__).addFilter(_not_of_cuts)
+
+
+def count_cut(pipe: StableDiffusion3Pipeline, texts: list[str], max_sequence_length: int) -> int:
+    """How many texts have more tokens than a text encoder reads, which are cut."""
+    limits = [
+        (pipe.tokenizer, pipe.tokenizer_max_length),
+        (pipe.tokenizer_2, pipe.tokenizer_max_length),
+        (pipe.tokenizer_3, max_sequence_length),
+    ]
+    count = 0
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        cut = set()
+        for tokenizer, most in limits:
+            tokens = tokenizer(part).input_ids
+            cut |= {i for i, x in enumerate(tokens) if len(x) > most}
+        count += len(cut)
+    return count
 
 
 @torch.no_grad()
@@ -516,12 +542,29 @@ def sample_images(
 # --- What to sample, and where --------------------------------------------------------------------
 
 
+def checkpoints(output_dir: Path) -> list[Path]:
+    """A run's checkpoints in order of steps: the folders with a name that train.py gives."""
+    found = {}
+    for path in output_dir.glob("checkpoint-*"):
+        digits = path.name.removeprefix("checkpoint-")
+        if re.fullmatch("[0-9]{6}|[1-9][0-9]{6,}", digits) and path.is_dir():
+            found[int(digits)] = path
+    return [found[step] for step in sorted(found)]
+
+
 def find_weights(given: str) -> tuple[Path | None, dict]:
     """The transformer folder or LoRA file that --transformer names, None for base; and the
-    trainer_state.json beside it, or {}. Raises FileNotFoundError: nothing of the kind is there."""
+    trainer_state.json beside it, or {}. A folder of checkpoints stands for its newest.
+    Raises FileNotFoundError: nothing of the kind is there; ValueError: two are."""
     if given == "base":
         return None, {}
     path = Path(given).resolve()
+    run = checkpoints(path)
+    for name in ("transformer", LORA, "config.json"):
+        if run and (path / name).exists():
+            fault = f"holds checkpoints and {name}"
+            raise ValueError(f"--transformer {given} {fault}: name the one that is meant")
+    path = run[-1] if run else path
     if path.suffix == ".safetensors" and path.is_file():
         weights = path
     elif (path / LORA).is_file():
@@ -529,7 +572,7 @@ def find_weights(given: str) -> tuple[Path | None, dict]:
     else:
         weights = path / "transformer" if (path / "transformer").is_dir() else path
         if not (weights / "config.json").is_file():
-            kinds = "base, a checkpoint of train.py, a transformer folder, a LoRA .safetensors file"
+            kinds = "base, a run or checkpoint of train.py, a transformer folder, a LoRA file"
             fault = f"there is no {weights / 'config.json'}"
             raise FileNotFoundError(f"--transformer {given} is none of: {kinds}; {fault}")
     state = weights.parent / "trainer_state.json"
