@@ -12,20 +12,32 @@ To use it elsewhere, copy this file: it needs torch and einops.
     t       (B,)      sampler time, 1 = noise: sigma = shift t / (1 + (shift - 1) t)
     v       (B, ...)  velocity dz/dsigma, what the model predicts; z1 - z0 on the ideal path
 
-One training step; sections named further down are the paper's:
+One training step (algorithm 1 of the SOAR paper), for B samples:
 
-    1. base      z = (1 - sigma) z0 + sigma z1, at a random sigma. Target z1 - z0. This is SFT.
-    2. rollout   z_hat = z + (sigma_next - sigma) v, a step of the guided sampler, no gradient.
-    3. re-noise  z_aux = (1 - alpha) z_hat + alpha z1, the same z1, at N random levels sigma_aux
-                 from sigma_next to 1; alpha = (sigma_aux - sigma_next) / (1 - sigma_next).
-    4. correct   Target (z_aux - z0) / sigma_aux.
-    5. loss      (sum of base errors + lambda * sum of auxiliary errors) / (B + lambda * points).
+    0. draw      z1 ~ N(0, I); t = sigmoid(n), n ~ N(0, 1), raised to t_min where it is below.
+    1. base      sigma = sigma(t), z = (1 - sigma) z0 + sigma z1. Target z1 - z0. This is SFT.
+    2. rollout   One sampler step from z, no gradient, with K steps from noise to data:
+                 t_next = max(t - 1/K, t_min), sigma_next = sigma(t_next),
+                 v = v_uncond + guidance_scale (v_cond - v_uncond),
+                 z_hat = z + (sigma_next - sigma) v.
+    3. re-noise  To N auxiliary points, each at a level sigma_aux, uniform from sigma_next to 1:
+                 alpha = (sigma_aux - sigma_next) / (1 - sigma_next),
+                 z_aux = (1 - alpha) z_hat + alpha z1, the same z1.
+    4. correct   Target (z_aux - z0) / sigma_aux, for the model with the prompt.
+    5. loss      error = w(sigma) * mean over a sample's elements of (v - target)^2, w = 1 if not
+                 given, and at auxiliary points w(sigma_aux). The loss is the weighted mean
+                 (sum of base errors + lambda * sum of auxiliary errors) / (B + lambda * points),
+                 where points = B N, the number of auxiliary errors in the whole global batch.
+
+With M > 1 (num_rollout_paths) there are M rollouts from z, of N points each: the first is that of
+step 2, each other one takes a stochastic step. Of those the samples whose t - 1/K is not above
+t_min do not count, so `points` depends on t. With one path all count.
 
 The model is called only as velocity(z, sigma, cond) -> v: z in z0's dtype, sigma in float32 or
 better (a diffusers model takes timestep = 1000 * sigma). States, targets and losses are float32 or
 better. A wrong type, shape, dtype or device raises ValueError before the model runs; the checks
-are at the end. On a GPU, which that would stall, values of tensors are not looked at: what is said
-of them is for the caller to keep, and `draw` keeps it.
+are at the end. On a GPU, which that would stall, values of tensors are not looked at, but by
+with_levels: what is said of them is for the caller to keep, and `draw` keeps it.
 """
 
 import math
@@ -49,11 +61,8 @@ class SoarConfig:
     lambda_aux: float = 1.0  # weight of an auxiliary term; 0 is SFT
     num_aux_points: int = 6  # N, on each path; 0 is SFT
     num_rollout_paths: int = 1  # M; the first takes the ODE step, each other one of sde_type
-    # K: the rollout steps 1 / K in t. Keep it at 40 or more, however few steps you sample with:
-    # where a longer step is cut off at the clean end, targets are so large that they rule the
-    # gradient.
-    num_sampling_steps: int = 40
-    guidance_scale: float = 4.5  # w of the rollout; 1 is unguided
+    num_sampling_steps: int = 40  # K; not below 40, see experiments/optimum.md, "Few steps"
+    guidance_scale: float = 4.5  # of the rollout: the one you sample with; 1 is unguided
     shift: float = 3.0  # of sigma(t); that of the sampler
     t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it
     logit_mean: float = 0.0  # t = sigmoid(logit_mean + logit_std n), n ~ N(0, 1)
@@ -64,30 +73,7 @@ class SoarConfig:
     sigma_upper_ratio: float = math.inf  # sigma_aux <= min(ratio * sigma, 1)
 
     def __post_init__(self):
-        def require(name: str, expected: str, ok: bool) -> None:
-            if not ok:
-                came = getattr(self, name)
-                raise ValueError(f"SoarConfig.{name} is {came!r}, expected {expected}")
-
-        for field in fields(SoarConfig):
-            x, kind = getattr(self, field.name), type(field.default)
-            fits = isinstance(x, (int, float) if kind is float else kind)
-            fits = fits and isinstance(x, bool) == (kind is bool)  # to Python a bool is an int
-            require(field.name, f"of type {kind.__name__}", fits)
-        require("lambda_aux", ">= 0 and finite", 0 <= self.lambda_aux < math.inf)
-        require("num_aux_points", ">= 0", self.num_aux_points >= 0)
-        require("num_rollout_paths", ">= 1", self.num_rollout_paths >= 1)
-        require("num_sampling_steps", ">= 1", self.num_sampling_steps >= 1)
-        require("guidance_scale", "finite", math.isfinite(self.guidance_scale))
-        require("shift", "> 0 and finite", 0 < self.shift < math.inf)
-        require("t_min", "> 0 and < 1", 0 < self.t_min < 1)
-        require("logit_mean", "finite", math.isfinite(self.logit_mean))
-        require("logit_std", "> 0 and finite", 0 < self.logit_std < math.inf)
-        require("sde_type", f"one of {SDE_TYPES}", self.sde_type in SDE_TYPES)
-        require("sde_noise_scale", ">= 0 and finite", 0 <= self.sde_noise_scale < math.inf)
-        if self.sde_type == "cps":
-            require("sde_noise_scale", "<= 1 for cps", self.sde_noise_scale <= 1)
-        require("sigma_upper_ratio", ">= 1", self.sigma_upper_ratio >= 1)
+        _check_config(self)
 
 
 def sigma_from_t(t: Tensor | float, shift: float = 3.0) -> Tensor | float:
@@ -102,6 +88,7 @@ def t_from_sigma(sigma: Tensor | float, shift: float = 3.0) -> Tensor | float:
 
 def interpolate(z0: Tensor, z1: Tensor, sigma: Tensor) -> Tensor:
     """The ideal state at noise level sigma (arXiv 2209.03003, eq. 1)."""
+    # _aligned, at the end, makes float32 or better of all, and (B, 1, ...) of levels (B,).
     z0, z1, sigma = _aligned(z0=z0, z1=z1, sigma=sigma)
     return (1 - sigma) * z0 + sigma * z1
 
@@ -116,7 +103,8 @@ def rollout_step(z: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, kin
                  noise_scale=0.5, noise: Tensor | None = None, shift=3.0) -> Tensor:
     """One sampler step from sigma down to sigma_next, by the ODE or by a kind of SDE_TYPES.
     noise: n ~ N(0, I); None for the ODE. noise_scale: eta >= 0, for cps at most 1, unused by sde.
-    shift: used by flow_sde only. Section 2.2; flow_sde: arXiv 2505.05470; cps: arXiv 2509.05952."""
+    shift: used by flow_sde only. SOAR paper, section 2.2; flow_sde: arXiv 2505.05470; cps: arXiv
+    2509.05952."""
     if kind not in ("ode", *SDE_TYPES) or (noise is None) != (kind == "ode"):
         came = f"kind is {kind!r} and noise a {type(noise).__name__}"
         raise ValueError(f"{came}, expected 'ode' and None, or one of {SDE_TYPES} and a Tensor")
@@ -148,7 +136,7 @@ def rollout_step(z: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, kin
 
 
 def renoise(z_hat: Tensor, z1: Tensor, sigma_next: Tensor, sigma_aux: Tensor) -> Tensor:
-    """The state at sigma_aux, between z_hat at sigma_next < 1 and z1 at 1 (section 2.2)."""
+    """The state at sigma_aux, between z_hat at sigma_next < 1 and z1 at 1 (SOAR, section 2.2)."""
     z_hat, z1, sigma_next, sigma_aux = _aligned(
         z_hat=z_hat, z1=z1, sigma_next=sigma_next, sigma_aux=sigma_aux
     )
@@ -157,7 +145,7 @@ def renoise(z_hat: Tensor, z1: Tensor, sigma_next: Tensor, sigma_aux: Tensor) ->
 
 
 def correction_target(z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity that leads from any z, at sigma > 0, to z0: z - sigma v = z0 (section 2.3)."""
+    """The v that leads from any z, at sigma > 0, to z0: z - sigma v = z0 (SOAR, section 2.3)."""
     z, z0, sigma = _aligned(z=z, z0=z0, sigma=sigma)
     return (z - z0) / sigma
 
@@ -166,7 +154,7 @@ class Draws(NamedTuple):
     z1: Tensor  # (B, ...) ~ N(0, I), as path_noise and path_z1
     t: Tensor  # (B,) in [t_min, 1]
     u: Tensor  # (M, N, B) in [0, 1): where sigma_aux lies between sigma_next and its upper bound
-    path_noise: Tensor  # (M - 1, B, ...) for the stochastic steps
+    path_noise: Tensor  # (M - 1, B, ...) for the stochastic steps, so empty with one path
     path_z1: Tensor | None  # (M, B, ...), or None if shared_noise
 
 
@@ -184,6 +172,17 @@ def draw(shape: tuple[int, ...], config: SoarConfig, generator: torch.Generator)
     return Draws(z1, t, u, path_noise, path_z1)
 
 
+def with_levels(draws: Draws, sigma: Tensor, config: SoarConfig) -> Draws:
+    """draws at a trainer's own noise levels sigma (B,) in [0, 1], in place of those of `draw`; one
+    below sigma(t_min) is raised to it. Looks at their values: a GPU is waited for once."""
+    _expect("sigma", sigma, draws.t.shape, draws.t.device)
+    if not ((sigma >= 0) & (sigma <= 1)).all():
+        came = f"from {sigma.min():g} to {sigma.max():g}"
+        raise ValueError(f"sigma is {came}, expected noise levels in [0, 1], as timesteps / 1000")
+    sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+    return draws._replace(t=t_from_sigma(sigma, config.shift).clamp(config.t_min, 1))
+
+
 def _shapes(shape: tuple[int, ...], config: SoarConfig) -> Draws:
     """The shape of each field of Draws."""
     M, N, B = config.num_rollout_paths, config.num_aux_points, shape[0]
@@ -195,7 +194,7 @@ class Term(NamedTuple):
     loss: Tensor  # scalar, already normalised: the sum over the terms is the SOAR loss
     error: Tensor  # (B,) detached, unweighted mean squared error of each sample
     sigma: Tensor  # (B,) noise level
-    counts: Tensor  # (B,) bool: whether the sample is part of the loss
+    counts: Tensor  # (B,) bool: whether the sample is part of the loss; True if M = 1
 
 
 def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: Any, *,
@@ -210,22 +209,23 @@ def sft_loss(velocity: Velocity, z0: Tensor, z1: Tensor, sigma: Tensor, cond: An
 
 
 def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None,
-               config=SoarConfig(), *, weighting: Weighting = None,
+               config: SoarConfig | None = None, *, weighting: Weighting = None,
                normalizer: Tensor | float | None = None) -> Iterator[Term]:
-    """The terms of the SOAR loss (algorithm 1): the base term, then M N auxiliary ones. Call
-    backward on each as it comes: gradients add up to the whole loss's, with one graph in memory.
+    """The terms of the SOAR loss: the base term, then M N auxiliary ones. Call backward on each as
+    it comes: gradients add up to the whole loss's, with one graph in memory.
 
     draws: from draw(z0.shape, config, generator). cond, uncond: what velocity takes, with and
-    without the prompt; with uncond None the rollout is unguided. normalizer: what the sums are
-    divided by, see loss_normalizer; None: this batch's own. Forwards: 1 with cond, 1 with uncond,
-    M N with cond; if lambda N = 0 only the first, and that is SFT."""
+    without the prompt; uncond may be None if guidance_scale is 1 or lambda N is 0. config: None is
+    SoarConfig(). normalizer: what the sums are divided by, see loss_normalizer; None: this batch's
+    own. Forwards: 1 with cond, 1 with uncond if guidance_scale is not 1, M N with cond; if
+    lambda N = 0 the first only, and that is SFT."""
+    config = config or SoarConfig()
     dtype = getattr(z0, "dtype", None)  # the model's; our states are wider
     (z0,) = _aligned(z0=z0)
     z1, t, u, path_noise, path_z1 = _checked_draws(draws, z0, config)
-    _check_same_type(cond, uncond)
+    _check_uncond(cond, uncond, config)
     normalizer = loss_normalizer(t, config) if normalizer is None else normalizer
-    t_next, above = _rollout_end(t, config)
-    everyone = torch.ones_like(above)
+    t_next, above_t_min = _rollout_end(t, config)
     sigma = sigma_from_t(t, config.shift)
     sigma_next = sigma_from_t(t_next, config.shift)
 
@@ -237,14 +237,14 @@ def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: 
     z = interpolate(z0, z1, sigma)
     w = _weights(weighting, sigma)
     v = _predict(velocity, z, sigma, cond, dtype)
-    yield term(v, z1 - z0, sigma, w, everyone)
+    yield term(v, z1 - z0, sigma, w, torch.ones_like(above_t_min))
     v = v.detach()  # or the graph would live on
-    if config.lambda_aux == 0 or config.num_aux_points == 0:
+    if config.lambda_aux * config.num_aux_points == 0:
         return
 
     # 2. Rollout: one step from z with the guided velocity, by the ODE and M - 1 times stochastic.
     with torch.no_grad():
-        if uncond is not None and config.guidance_scale != 1:
+        if config.guidance_scale != 1:
             v_uncond = _predict(velocity, z, sigma, uncond, dtype)
             v = guided_velocity(v_uncond, v, config.guidance_scale)
         z_hats = [rollout_step(z, v, sigma, sigma_next)]
@@ -256,7 +256,7 @@ def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: 
     sigma_upper = (config.sigma_upper_ratio * sigma).clamp(max=1)
     for m, z_hat in enumerate(z_hats):
         endpoint = z1 if config.shared_noise else path_z1[m]
-        counts = everyone if m == 0 else above  # at the clean end only the ODE path counts
+        counts = above_t_min if m > 0 else torch.ones_like(above_t_min)
         for n in range(config.num_aux_points):
             with torch.no_grad():
                 sigma_aux = sigma_next + u[m, n] * (sigma_upper - sigma_next)
@@ -269,18 +269,24 @@ def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: 
 
 
 def soar_loss(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: Any = None,
-              config=SoarConfig(), *, weighting: Weighting = None, normalizer=None) -> Tensor:
+              config=None, *, weighting: Weighting = None, normalizer=None) -> Tensor:
     """The sum of soar_terms, whose arguments it takes; holds all graphs until its one backward."""
     options = {"weighting": weighting, "normalizer": normalizer}
     return sum(x.loss for x in soar_terms(velocity, z0, draws, cond, uncond, config, **options))
 
 
 def loss_normalizer(t: Tensor, config: SoarConfig) -> Tensor:
-    """B + lambda * points, for samples at sampler times t (B,): give those of the global batch, all
-    ranks and micro-batches. Where gradients are averaged over ranks, as DDP does, divide the result
-    by the number of ranks; where the trainer divides by the micro-batches, by theirs too."""
-    _, above = _rollout_end(t, config)
-    paths = 1 + (config.num_rollout_paths - 1) * above.to(t.dtype)
+    """B + lambda * points, for B samples at sampler times t (B,). Where M = 1 that is
+    B (1 + lambda N), and needed only if batches differ in size. It must be that of the global
+    batch, over ranks and micro-batches, of which it is the sum:
+
+        normalizer = loss_normalizer(t, config)  # t of all micro-batches of this rank's step
+        torch.distributed.all_reduce(normalizer)
+        normalizer = normalizer / world_size     # where gradients are averaged, as DDP does
+
+    Where the trainer divides the loss by the number of micro-batches, divide by that too."""
+    _, above_t_min = _rollout_end(t, config)
+    paths = 1 + (config.num_rollout_paths - 1) * above_t_min.to(t.dtype)
     return (1 + config.lambda_aux * config.num_aux_points * paths).sum()
 
 
@@ -293,6 +299,32 @@ def _rollout_end(t: Tensor, config: SoarConfig) -> tuple[Tensor, Tensor]:
 
 
 # --- Checks and casts: nothing of the method from here on ---
+
+
+def _check_config(config: SoarConfig) -> None:
+    def require(name: str, expected: str, ok: bool) -> None:
+        if not ok:
+            raise ValueError(f"SoarConfig.{name} is {getattr(config, name)!r}, expected {expected}")
+
+    for field in fields(config):
+        x, kind = getattr(config, field.name), type(field.default)
+        fits = isinstance(x, (int, float) if kind is float else kind)
+        fits = fits and isinstance(x, bool) == (kind is bool)  # to Python a bool is an int
+        require(field.name, f"of type {kind.__name__}", fits)
+    require("lambda_aux", ">= 0 and finite", 0 <= config.lambda_aux < math.inf)
+    require("num_aux_points", ">= 0", config.num_aux_points >= 0)
+    require("num_rollout_paths", ">= 1", config.num_rollout_paths >= 1)
+    require("num_sampling_steps", ">= 1", config.num_sampling_steps >= 1)
+    require("guidance_scale", "finite", math.isfinite(config.guidance_scale))
+    require("shift", "> 0 and finite", 0 < config.shift < math.inf)
+    require("t_min", "> 0 and < 1", 0 < config.t_min < 1)
+    require("logit_mean", "finite", math.isfinite(config.logit_mean))
+    require("logit_std", "> 0 and finite", 0 < config.logit_std < math.inf)
+    require("sde_type", f"one of {SDE_TYPES}", config.sde_type in SDE_TYPES)
+    require("sde_noise_scale", ">= 0 and finite", 0 <= config.sde_noise_scale < math.inf)
+    if config.sde_type == "cps":
+        require("sde_noise_scale", "<= 1 for cps", config.sde_noise_scale <= 1)
+    require("sigma_upper_ratio", ">= 1", config.sigma_upper_ratio >= 1)
 
 
 def _aligned(**tensors: Any) -> list[Tensor]:
@@ -348,13 +380,18 @@ def _checked_draws(draws: Draws, z0: Tensor, config: SoarConfig) -> Draws:
             raise ValueError(f"draws.{name} is a {type(x).__name__}, expected None: shared_noise")
     t, t_min = draws.t, config.t_min
     if t.device.type == "cpu" and not ((t >= t_min) & (t <= 1)).all():
-        came = f"from {t.min().item():g} to {t.max().item():g}"
+        came = f"from {t.min():g} to {t.max():g}"
         raise ValueError(f"draws.t is {came}, expected sampler times from t_min = {t_min} to 1")
     return Draws(*(x if x is None else x.to(z0.dtype) for x in draws))
 
 
-def _check_same_type(cond: Any, uncond: Any) -> None:
-    """Else a config passed in uncond's place would be taken for uncond."""
-    if not (uncond is None or isinstance(uncond, type(cond)) or isinstance(cond, type(uncond))):
-        came, expected = type(uncond).__name__, type(cond).__name__
-        raise ValueError(f"uncond is a {came}, expected a {expected} like cond, or None")
+def _check_uncond(cond: Any, uncond: Any, config: SoarConfig) -> None:
+    if uncond is None:
+        w = config.guidance_scale
+        if config.lambda_aux * config.num_aux_points > 0 and w != 1:
+            came = f"uncond is None and guidance_scale {w:g}"
+            raise ValueError(f"{came}: pass uncond, or guidance_scale=1")
+    elif not (isinstance(uncond, type(cond)) or isinstance(cond, type(uncond))):
+        # Else a config passed in uncond's place would be taken for uncond.
+        came = f"uncond is a {type(uncond).__name__}"
+        raise ValueError(f"{came}, expected a {type(cond).__name__} like cond")

@@ -50,7 +50,8 @@ def full(shape, sigma):
 
 
 class Model(torch.nn.Module):
-    """A smooth random velocity. Without a prompt cond is `null`, a parameter like the others."""
+    """A smooth random velocity. cond is (B, elements); without a prompt it is `null`, (elements,),
+    a parameter like the others, which broadcasts over the samples."""
 
     def __init__(self, shape, seed, dtype):
         super().__init__()
@@ -77,19 +78,6 @@ class Case:
         elements = math.prod(shape[1:])
         self.cond = randn(seed + 11, shape[0], elements).to(dtype)
         self.draws = draw(shape, config, rng(seed + 12))
-
-    def part(self, index):
-        """The same case, for some samples of the batch only."""
-        part, d = copy.copy(self), self.draws
-        part.z0, part.cond = self.z0[index], self.cond[index]
-        stacked = [x if x is None else x[:, index] for x in (d.path_noise, d.path_z1)]
-        part.draws = Draws(
-            d.z1[index],
-            d.t[index],
-            d.u[:, :, index],
-            *stacked,
-        )
-        return part
 
     def arguments(self, velocity=None):
         velocity = velocity or self.model
@@ -132,15 +120,15 @@ configs = st.builds(
     shared_noise=any_of([True, False]),
     sigma_upper_ratio=any_of([1.0, 1.5, inf]),
 )
-no_lambda = configs.map(lambda config: replace(config, lambda_aux=0.0))
-no_points = configs.map(lambda config: replace(config, num_aux_points=0))
-ode_configs = configs.map(lambda config: replace(config, num_rollout_paths=1, shared_noise=True))
 cases = st.builds(Case, shapes, configs, seeds)
-sft_cases = st.builds(Case, shapes, no_lambda | no_points, seeds, any_of(DTYPES))
-ode_cases = st.builds(Case, shapes, ode_configs, seeds)
 
 
 # --- 1. Without auxiliary terms SOAR is SFT
+
+no_lambda = configs.map(lambda config: replace(config, lambda_aux=0.0))
+no_points = configs.map(lambda config: replace(config, num_aux_points=0))
+sft_cases = st.builds(Case, shapes, no_lambda | no_points, seeds, any_of(DTYPES))
+
 
 @given(sft_cases)
 def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(case):
@@ -177,16 +165,22 @@ def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(case)
 
 # --- 2. With an exact model each auxiliary term is SFT
 
+ode_configs = configs.map(lambda config: replace(config, num_rollout_paths=1, shared_noise=True))
+ode_cases = st.builds(Case, shapes, ode_configs, seeds)
+
+
 @given(ode_cases)
 def test_aux_term_equals_sft_at_sigma_aux_when_the_rollout_is_exact(case):
-    """v = z1 - z0:  z_aux = (1 - sigma_aux) z0 + sigma_aux z1,  its target is z1 - z0."""
+    """v = z1 - z0:  z_aux = (1 - sigma_aux) z0 + sigma_aux z1,  its target is z1 - z0.
+    The calls that make the rollout are exact, the base term's with cond and, if guided, that with
+    uncond; the calls at points are the model's, or all errors would be 0."""
     z1, calls = case.draws.z1.double(), []
-    rollout_calls = 1 if case.config.guidance_scale == 1 else 2  # the base term's is one of them
+    exact_calls = 1 if case.config.guidance_scale == 1 else 2
 
     def velocity(z, sigma, cond):
         calls.append(cond)
         assert_close(z, interpolate(case.z0, z1, sigma), rtol=1e-12, atol=1e-12)
-        return z1 - case.z0 if len(calls) <= rollout_calls else case.model(z, sigma, cond)
+        return z1 - case.z0 if len(calls) <= exact_calls else case.model(z, sigma, cond)
 
     base, *aux = case.terms(velocity, weighting=torch.exp)
     assert (base.error == 0).all()
@@ -256,6 +250,20 @@ def test_t_from_sigma_inverts_sigma_from_t_for_any_shift(t, shift):
 
 # --- 5. The loss is a weighted mean of the errors
 
+def part_of(case, index):
+    """The same case, for some samples of the batch only."""
+    part, d = copy.copy(case), case.draws
+    part.z0, part.cond = case.z0[index], case.cond[index]
+    stacked = [x if x is None else x[:, index] for x in (d.path_noise, d.path_z1)]
+    part.draws = Draws(
+        d.z1[index],
+        d.t[index],
+        d.u[:, :, index],
+        *stacked,
+    )
+    return part
+
+
 @given(cases, st.floats(0.01, 100))
 def test_loss_equals_e_for_any_lambda_n_and_m_when_all_errors_are_e(case, e):
     """mean |v - target|^2 = e at each point:  L = e (B + lambda points) / (B + lambda points)."""
@@ -271,7 +279,7 @@ def test_parts_of_a_batch_add_up_to_the_whole_under_its_normalizer(case, data):
     """n = B + lambda points of the whole:  L(whole) = L(left; n) + L(right; n),  L(2 n) = L / 2."""
     cut = data.draw(st.integers(1, max(1, len(case.z0) - 1)))
     n = soar.loss_normalizer(case.draws.t.double(), case.config)
-    parts = [case.part(slice(0, cut)), case.part(slice(cut, None))]
+    parts = [part_of(case, slice(0, cut)), part_of(case, slice(cut, None))]
     total = sum(part.loss(normalizer=n) for part in parts if len(part.z0))
     whole = case.loss()
     assert_close(total, whole, **CLOSE)
@@ -332,6 +340,8 @@ def test_forwards_are_one_and_one_without_a_prompt_and_m_n(case, order, grad):
     """1 with cond + 1 with uncond, if the rollout is guided + M N with cond, each of B samples."""
     _, z0, draws, *prompts, config = case.arguments()
     cond, uncond = ([*prompts, None][i] for i in order)
+    if uncond is None:
+        config = replace(config, guidance_scale=1.0)
     calls = []
 
     def velocity(z, sigma, prompt):
@@ -343,7 +353,7 @@ def test_forwards_are_one_and_one_without_a_prompt_and_m_n(case, order, grad):
         for term in soar_terms(velocity, z0, draws, cond, uncond, config):
             assert torch.is_grad_enabled() == term.loss.requires_grad == grad
             assert not term.error.requires_grad
-    guided = uncond is not None and config.guidance_scale != 1
+    guided = config.guidance_scale != 1
     with_cond, with_uncond = (True, False, grad), (False, True, False)
     aux_terms = config.num_rollout_paths * config.num_aux_points
     assert calls == [with_cond] + [with_uncond] * guided + [with_cond] * aux_terms
@@ -548,6 +558,22 @@ def test_draws_equal_their_recipe_whatever_the_defaults_of_torch(shape, config, 
     assert_close(tuple(draws), (z1, t, u, noise, path_z1), **EXACT)
 
 
+@given(cases, seeds, any_of([0.0, 1e-6, 1.0]), any_of(DTYPES))
+def test_levels_of_a_trainer_are_those_of_the_terms_from_t_min_up(case, seed, first, dtype):
+    """sigma(t) = max(sigma, sigma(t_min));  all other draws stay."""
+    t_min, shift = case.config.t_min, case.config.shift
+    sigma = torch.rand(len(case.z0), generator=rng(seed))
+    sigma[0] = first
+    sigma = sigma.to(dtype)
+    drawn = case.draws
+    case.draws = soar.with_levels(drawn, sigma, case.config)
+    lowest = shift * t_min / (1 + (shift - 1) * t_min)
+    expected = sigma.double().clamp(min=lowest)
+    assert_close(next(case.terms()).sigma, expected, rtol=1e-5, atol=1e-6)
+    assert case.draws.t.dtype == torch.promote_types(dtype, torch.float32)
+    assert case.draws._replace(t=drawn.t) == drawn
+
+
 def test_terms_read_no_value_of_a_tensor_on_another_device():
     """To read one is an error on the meta device, which has none; on a GPU it would stall."""
     case = Case((2, 3), SoarConfig(num_rollout_paths=2), 0)
@@ -647,6 +673,13 @@ REFUSED = [  # a call, and the words that its error holds: what came, what was e
     (lambda: first(path_noise=DRAWS.z1), "draws.path_noise; (2, 3); (1, 2, 3)"),
     (lambda: first(draws=draw((2, 3), FRESH, rng(0))), "draws.path_z1; Tensor; None"),
     (lambda: first(config=FRESH), "draws.path_z1; None; (2, 2, 3)"),
+    (lambda: soar.with_levels(DRAWS, 1000 * S, PATHS), "sigma; 500; [0, 1]"),
+    (lambda: soar.with_levels(DRAWS, S - 0.6, PATHS), "sigma; -0.1; [0, 1]"),
+    (lambda: soar.with_levels(DRAWS, S * nan, PATHS), "sigma; nan; [0, 1]"),
+    (lambda: soar.with_levels(DRAWS, S1, PATHS), "sigma; (1,); (2,)"),
+    (lambda: soar.with_levels(DRAWS, S.long(), PATHS), "sigma; int64; floating"),
+    (lambda: first(uncond=None), "uncond; None; 4.5; guidance_scale=1"),
+    (lambda: soar.soar_loss(unused, Z, DRAWS, Z, config=PATHS), "uncond; None; guidance_scale=1"),
     (lambda: first(uncond=PATHS), "uncond; SoarConfig; Tensor"),
     (lambda: first(uncond=["a cat"]), "uncond; list; Tensor"),
     (lambda: first(weighting=lambda sigma: sigma[:1]), "weighting; (1,); (2,)"),
@@ -674,6 +707,8 @@ def test_defaults_are_the_published_ones_and_bounds_are_taken():
         assert tuple(asdict(SoarConfig(*taken)).values()) == taken
     assert SoarConfig() == SoarConfig(*published)
     assert SoarConfig(sde_noise_scale=7.0).sde_noise_scale == 7.0
+    case = Case((2, 3), SoarConfig(), 0)
+    assert torch.equal(soar.soar_loss(*case.arguments()[:-1]), case.loss())
     with pytest.raises(FrozenInstanceError):
         SoarConfig().shift = 1.0
     assert soar.sigma_from_t.__defaults__ == soar.t_from_sigma.__defaults__ == (3.0,)
@@ -681,5 +716,5 @@ def test_defaults_are_the_published_ones_and_bounds_are_taken():
     assert rollout_step.__kwdefaults__ == step
     assert soar.sft_loss.__kwdefaults__ == {"weighting": None}
     for function in (soar_terms, soar.soar_loss):
-        assert function.__defaults__ == (None, SoarConfig())
+        assert function.__defaults__ == (None, None)
         assert function.__kwdefaults__ == {"weighting": None, "normalizer": None}

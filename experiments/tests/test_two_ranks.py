@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import soar
 from experiments.run_recipes import HERE, blocks
-from test_soar import Case
+from test_soar import Case, part_of
 
 SHAPE = (4, 3, 2)
 CONFIG = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, num_sampling_steps=2)
@@ -22,12 +22,14 @@ def gradients(model):
 
 
 def own_schedule(rank):
-    """Half of the batch: every term but the last under no_sync, the last one adds up the ranks'."""
+    """A part of the batch: every term but the last under no_sync, the last one adds up the ranks'."""
     case = Case(SHAPE, CONFIG, SEED)
     case.model.null.requires_grad_(False)  # no gradient reaches it: DDP would wait for one
     ddp = DistributedDataParallel(case.model)
-    normalizer = soar.loss_normalizer(case.draws.t.double(), CONFIG) / 2  # DDP takes the mean
-    terms = case.part(slice(2 * rank, 2 * rank + 2)).terms(ddp, normalizer=normalizer)
+    part = part_of(case, slice(0, 1) if rank == 0 else slice(1, None))  # unequal
+    normalizer = soar.loss_normalizer(part.draws.t.double(), CONFIG)  # as its docstring has it
+    torch.distributed.all_reduce(normalizer)
+    terms = part.terms(ddp, normalizer=normalizer / 2)
     for _ in range(CONFIG.num_rollout_paths * CONFIG.num_aux_points):
         with ddp.no_sync():
             next(terms).loss.backward()
@@ -81,7 +83,7 @@ def recipe(form, model, rows, **options):
             call = (torch.Tensor.backward, *call, levels, *text, None)
             names["streamed"](*call, **options).backward()
         else:
-            call = (*call, draws._replace(t=soar.t_from_sigma(levels)), *text)
+            call = (*call, soar.with_levels(draws, levels, soar.SoarConfig()), *text)
             soar.soar_loss(*call, **options).backward()
 
 
