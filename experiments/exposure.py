@@ -75,8 +75,7 @@ def shifts_by_steps(velocity, z0, draws: Draws, cond, uncond, config: SoarConfig
         return kept[-1]
 
     base, *_ = soar_terms(started, z0, draws, cond, None, replace(config, lambda_aux=0.0))
-    guided = uncond is not None and config.guidance_scale != 1
-    if guided:
+    if config.guidance_scale != 1:
         list(soar_terms(started, z0, draws, uncond, None, replace(config, lambda_aux=0.0)))
     made = {}
     for steps in STEPS:

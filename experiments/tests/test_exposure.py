@@ -1,5 +1,7 @@
 """experiments.exposure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def batch(config, size=6):
 def test_errors_are_those_of_a_model_that_is_off_by_a_constant(steps, paths):
     """z_hat is off by (sigma_next - sigma) bias; at sigma_aux (1 - sigma_aux) / (1 - sigma_next) of
     it is left, and the target is off by that over sigma_aux."""
-    config, bias = SoarConfig(num_sampling_steps=steps, num_rollout_paths=paths), 0.5
+    config, bias = SoarConfig(1.0, 6, paths, steps, guidance_scale=1.0), 0.5
     z0, draws = batch(config)
 
     def velocity(z, sigma, cond):
@@ -56,6 +58,7 @@ def test_the_meter_counts_shifts_of_its_own_config_as_those_by_steps():
     assert found.shift_by_steps[10] == pytest.approx(shift, rel=1e-4)
     values = [found.shift_by_steps[k] for k in STEPS]
     assert values == sorted(values, reverse=True)
+    config = replace(config, guidance_scale=1.0)
     unguided = exposure(velocity, z0, cond, None, config, generator=generator.manual_seed(1))
     assert unguided.shift_by_steps[10] != pytest.approx(shift, rel=1e-2)
 
