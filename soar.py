@@ -75,6 +75,12 @@ class SoarConfig:
     def __post_init__(self):
         _check_config(self)
 
+    @property
+    def num_terms(self) -> int:
+        """Of soar_terms: the base term and, unless lambda N = 0, M N auxiliary ones."""
+        points = self.num_rollout_paths * self.num_aux_points
+        return 1 if self.lambda_aux == 0 else 1 + points
+
 
 def sigma_from_t(t: Tensor | float, shift: float = 3.0) -> Tensor | float:
     """Noise level at sampler time t in [0, 1], any shape (arXiv 2403.03206, section 5.3.2)."""
@@ -239,7 +245,7 @@ def soar_terms(velocity: Velocity, z0: Tensor, draws: Draws, cond: Any, uncond: 
     v = _predict(velocity, z, sigma, cond, dtype)
     yield term(v, z1 - z0, sigma, w, torch.ones_like(above_t_min))
     v = v.detach()  # or the graph would live on
-    if config.lambda_aux * config.num_aux_points == 0:
+    if config.num_terms == 1:
         return
 
     # 2. Rollout: one step from z with the guided velocity, by the ODE and M - 1 times stochastic.
@@ -388,7 +394,7 @@ def _checked_draws(draws: Draws, z0: Tensor, config: SoarConfig) -> Draws:
 def _check_uncond(cond: Any, uncond: Any, config: SoarConfig) -> None:
     if uncond is None:
         w = config.guidance_scale
-        if config.lambda_aux * config.num_aux_points > 0 and w != 1:
+        if config.num_terms > 1 and w != 1:
             came = f"uncond is None and guidance_scale {w:g}"
             raise ValueError(f"{came}: pass uncond, or guidance_scale=1")
     elif not (isinstance(uncond, type(cond)) or isinstance(cond, type(uncond))):
