@@ -3,28 +3,22 @@
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/soar
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/sft --lambda_aux 0
 
-`python train.py` runs one process; --dry_run loads and checks everything, says what would run, and
-stops. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1, goes on from its last
-checkpoint when the same command is given again. The defaults are those of the published runs on
-subsets: 5,000 steps of 8 GPUs x 4 images.
-
---dataset is a folder with images and metadata.jsonl (file_name and text on each line), or with
-NAME.txt beside NAME.png, or with parquet or tar files; one such file; a .jsonl or .csv file of
-image paths; or a hub id. All rows are checked before the first step.
+`python train.py` runs one process; --dry_run checks all data, takes one step in memory, says what
+would run, and writes nothing. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1, goes
+on from its last checkpoint when the same command is given again. The defaults are those of the
+published runs on subsets: 5,000 steps of 8 GPUs x 4 images.
 
 Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
-place), optimizer.safetensors and trainer_state.json; final, a link to the last; settings.json;
-metrics.jsonl and tensorboard/, with errors also by quarter of sigma (1 is the cleanest);
-validation-NNNNNN.png. Every random number is a function of (seed, step, sample): the number of GPUs
-changes only the order of sums.
+place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
+also by quarter of sigma (1 is the cleanest); validation-NNNNNN.png. A checkpoint is whole if it has
+its name. Every random number is a function of (seed, step, sample): the number of GPUs changes only
+the order of sums.
 """
 
 import contextlib
-import csv
 import dataclasses
 import glob
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -32,12 +26,17 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -46,8 +45,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on torchvi
 import datasets
 import numpy as np
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import tyro
@@ -57,31 +54,31 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sample import (
-    LORA,
     check_fit,
+    check_numbers,
     check_size,
+    checkpoints,
+    count_cut,
     digest,
     encode_images,
     encode_prompts,
     find_weights,
     identity,
     init_distributed,
+    load_lora,
     load_pipeline,
     load_transformer,
     locked,
-    read_jsonl,
-    read_lora,
     read_prompts,
     sample_images,
     save_whole,
@@ -105,6 +102,29 @@ from soar import (
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    dataset: str
+    """A hub id, whose split train is read; a folder with images and metadata.jsonl, of lines with
+    file_name and text; a .parquet file; or a folder of them."""
+    resolution: int = 512
+    """Pixels; images are scaled to cover the square, then cropped to its centre."""
+    image_column: str = "image"
+    """Not read with metadata.jsonl, where it is file_name."""
+    caption_column: str = "text"
+    minima: Annotated[dict[str, float], tyro.conf.arg(name="min")] = field(default_factory=dict)
+    """Columns and numbers, such as aesthetic 6.8: leave out rows below."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """Rows that cannot be used are listed; then stop, or go on without them."""
+    reader_threads: int = 4
+    """Threads of each process that read images and draw noise."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.image_column == self.caption_column:
+            raise ValueError(f"--image_column and --caption_column are both {self.image_column}")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     train_batch_size: int = 4
     """Images per GPU and forward."""
@@ -117,6 +137,7 @@ class TrainingConfig:
     ] = "constant"
     """Of diffusers.optimization.get_scheduler; all but constant warm up."""
     lr_warmup_steps: int = 0
+    """Steps up to the full rate; the first has a share of it, not 0."""
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     lora_rank: int | None = None
@@ -130,38 +151,28 @@ class TrainingConfig:
     seed: int = 42
 
     def __post_init__(self):
-        positive = (
-            "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
-            "max_grad_norm", "lora_rank", "max_sequence_length",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} is {value}, expected more than 0, and finite")
-        for name in ("lr_warmup_steps", "adam_weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 0")
-        if not 0 <= self.cond_dropout_rate <= 1:
+        check_numbers(self, ("lr_warmup_steps", "adam_weight_decay", "cond_dropout_rate", "seed"))
+        if self.cond_dropout_rate > 1:
             raise ValueError(f"--cond_dropout_rate is {self.cond_dropout_rate}, expected 0 to 1")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            mend = "use --lr_scheduler constant_with_warmup"
-            raise ValueError(f"--lr_scheduler constant does not read --lr_warmup_steps; {mend}")
-        if self.mixed_precision not in ("bf16", "no"):
-            fault = f"--mixed_precision is {self.mixed_precision}, expected bf16, or no for float32"
-            raise ValueError(f"{fault}; in fp16 small gradients would vanish")
+            raise ValueError(
+                "--lr_scheduler constant does not read --lr_warmup_steps: use constant_with_warmup"
+            )
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps is {self.lr_warmup_steps}, more than --max_train_steps"
+                f" {self.max_train_steps}"
+            )
+
+    @property
+    def bf16(self) -> bool:
+        return self.mixed_precision == "bf16"
 
 
 @dataclass(frozen=True)
-class RestConfig:
-    dataset_split: str = "train"
-    image_column: str = "image"
-    caption_column: str = "text"
-    min: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """COLUMN=NUMBER, such as aesthetic=6.8: leave out rows below that. May be given again."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """Rows that cannot be used are listed; then stop, or go on without them."""
-    dataloader_num_workers: int = 4
-    """Processes that read images, per GPU."""
+class RunConfig:
+    """How a run goes and what it reports; no weight depends on it but by rounding."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time, same bits."""
     compile: bool = False
@@ -179,535 +190,257 @@ class RestConfig:
     validation_steps: int = 500
     """Steps between validation images; there are some before the first step and after the last."""
     dry_run: bool = False
-    """Load and check everything, print the summary, and stop."""
+    """Check all data, take one step in memory, print the summary, and stop."""
 
     def __post_init__(self):
-        positive = (
-            "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, expected at least 1")
-        if self.dataloader_num_workers < 0:
-            came = self.dataloader_num_workers
-            raise ValueError(f"--dataloader_num_workers is {came}, expected at least 0")
-        if self.image_column == self.caption_column:
-            raise ValueError(f"--image_column and --caption_column are both {self.image_column}")
-        self.minima()
-
-    def minima(self) -> dict[str, float]:
-        """--min as {column: least value}. Raises ValueError: it is not COLUMN=NUMBER."""
-        try:
-            pairs = [word.split("=") for word in self.min]
-            return {column: float(least) for column, least in pairs}
-        except ValueError:
-            came = " ".join(self.min)
-            raise ValueError(f"--min is {came}, expected COLUMN=NUMBER: aesthetic=6.8") from None
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
 class Args:
-    dataset: str
-    """A folder, a file or a hub id, see above."""
+    data: DataConfig
     output_dir: Path
     """Where the run is written, on a disk that all nodes see: new, empty, or holding the run that
     is to go on."""
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Hub id or folder of a Stable Diffusion 3 pipeline."""
     transformer: str | None = None
-    """Where to start, if not from the pipeline's own transformer: a checkpoint of train.py, a
-    diffusers transformer folder or a LoRA file."""
-    resolution: int = 512
-    """Pixels; images are scaled to cover the square, then cropped to its centre."""
+    """Where to start, if not from the pipeline's own transformer: another run's output_dir, a
+    checkpoint, a diffusers transformer folder or a LoRA file."""
     training: TrainingConfig = TrainingConfig()
     soar: SoarConfig = SoarConfig()
-    rest: RestConfig = RestConfig()
-
-    def __post_init__(self):
-        if self.resolution < 1:
-            raise ValueError(f"--resolution is {self.resolution}, expected at least 1")
-
-    def global_batch(self, world_size: int) -> int:
-        per_gpu = self.training.train_batch_size * self.training.gradient_accumulation_steps
-        return per_gpu * world_size
+    run: RunConfig = RunConfig()
 
 
-# --- Data: read -----------------------------------------------------------------------------------
+# --- Data: a table, all of which every start reads ------------------------------------------------
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
-TABLE_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
-
-
-class Rows(NamedTuple):
-    """The rows of a data set, not looked at yet."""
-
-    table: datasets.Dataset
-    root: Path | None  # where relative image paths start, and which none may leave
-    notes: list[str]  # what was left out
-
-
-def read_rows(args: Args) -> Rows:
-    """The rows of --dataset, in an order that depends on names alone.
-    Raises ValueError, FileNotFoundError: it cannot be read; names the file and the fault."""
-    path, split = Path(args.dataset), args.rest.dataset_split
-    if path.is_dir():
-        rows = read_folder(path.resolve(), args)
-    elif path.is_file():
-        rows = read_file(path.resolve(), args)
-    elif path.is_absolute() or args.dataset.startswith("."):
-        raise FileNotFoundError(f"--dataset {args.dataset} does not exist")
-    else:
-        rows = Rows(datasets.load_dataset(args.dataset, split=split), None, [])
-    if len(rows.table) == 0:
-        raise ValueError(f"--dataset {args.dataset} holds no rows")
-    return rows
-
-
-def read_file(path: Path, args: Args) -> Rows:
-    """A file of rows: parquet or tar, or .csv, .jsonl or .json with image paths relative to it."""
-    if args.rest.dataset_split != "train":
-        raise ValueError(f"--dataset_split {args.rest.dataset_split}: {path} is a single file")
-    if path.suffix in TABLE_FILES:
-        return Rows(load_tables([path]), path.parent, [])
-    if path.suffix not in (".csv", ".jsonl", ".json"):
-        kinds = ", ".join([*TABLE_FILES, ".csv", ".jsonl", ".json"])
-        raise ValueError(f"--dataset {path}: expected a folder, a hub id, or a file of {kinds}")
-    return Rows(datasets.Dataset(read_list(path)), path.parent, [])
-
-
-def load_tables(files: list[Path]) -> datasets.Dataset:
-    """Parquet, arrow or tar files, all of one kind, by datasets.load_dataset."""
-    names = [glob.escape(str(path)) for path in files]
-    data_files = {"train": names}
-    return datasets.load_dataset(
-        TABLE_FILES[files[0].suffix], data_files=data_files, split="train"
-    )
-
-
-def read_list(path: Path) -> pyarrow.Table:
-    """A .jsonl, .json, .csv or .parquet file of rows, its columns as they are."""
-    try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file, strict=True))
-            return as_table(path, rows, numbers_as_text=True)
-        if path.suffix == ".json":
-            return as_table(path, json.loads(path.read_text()))
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        return as_table(path, [row for _, row in read_jsonl(path, lines)])
-    except (csv.Error, json.JSONDecodeError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def as_table(path: Path, rows: list[dict], numbers_as_text: bool = False) -> pyarrow.Table:
-    """Rows that may lack some columns as a table. Raises ValueError: names a row, or a column whose
-    values are of several kinds."""
-    columns: dict[str, list] = {}
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row or (numbers_as_text and None in row.values()):
-            raise ValueError(f"{path}, row {number}: expected a value for each column")
-        for name in row:
-            columns.setdefault(name, [None] * len(rows))[number - 1] = row[name]
-    arrays = {}
-    for name, values in columns.items():
-        if numbers_as_text:
-            with contextlib.suppress(ValueError):
-                values = [float(x) if x else None for x in values]
-        try:
-            arrays[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise ValueError(f"{path}: column {name} mixes kinds of values: {error}") from None
-    return pyarrow.table(arrays)
-
-
-def read_folder(folder: Path, args: Args) -> Rows:
-    """A folder: images listed by metadata files, or with a text file beside each, or tables."""
-    files, passed = list_files(folder, args.output_dir.resolve())
-    files, notes = choose_split(folder, files, args.rest.dataset_split)
-    if passed:
-        what = "hidden images or linked folders"
-        notes.append(f"{len(passed)} {what}, such as {passed[0].relative_to(folder)}")
-    lists = [path for path in files if path.name in METADATA]
-    images = [path for path in files if path.suffix.lower() in IMAGE_FILES]
-    tables = [path for path in files if path.suffix in TABLE_FILES and path not in lists]
-    if lists:
-        table = read_metadata(folder, lists)
-        listed = set(table.column("image").to_pylist())
-        rest = [path for path in images if str(path) not in listed]
-        what = "images without a row in a metadata file"
-    elif images:
-        table = read_sidecars(folder, images)
-        rest, what = tables, "tables beside the images"
-    elif tables:
-        kinds = sorted({path.suffix for path in tables})
-        if len(kinds) > 1:
-            raise ValueError(f"--dataset {folder} holds files of several kinds: {', '.join(kinds)}")
-        return Rows(load_tables(tables), folder, notes)
-    else:
-        kinds = ", ".join([*METADATA, *IMAGE_FILES, *TABLE_FILES])
-        raise ValueError(f"--dataset {folder} holds none of {kinds}")
-    if rest:
-        notes.append(f"{len(rest)} {what}, such as {rest[0].relative_to(folder)}")
-    return Rows(datasets.Dataset(table), folder, notes)
-
-
-def list_files(folder: Path, output_dir: Path) -> tuple[list[Path], list[Path]]:
-    """All files below a folder, sorted, but for those of output_dir; and what is passed over:
-    hidden images, and folders that are links."""
-    files, passed = [], []
-    for path in sorted(folder.rglob("*")):
-        inside = path.is_relative_to(output_dir) and output_dir != folder
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        image = path.suffix.lower() in IMAGE_FILES
-        if path.is_dir():
-            passed += [path] if path.is_symlink() else []
-        elif hidden or inside:
-            passed += [path] if hidden and image and not inside else []
-        else:
-            files.append(path)
-    return files, passed
-
-
-def choose_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
-    """The files of a split, where the folder has splits: all its data in folders named so, or in
-    files SPLIT-NNNNN-of-NNNNN.parquet. Else all files. Also says what was left out."""
-    found: dict[str, list[Path]] = {}
-    data = [x for x in files if x.suffix.lower() in (*IMAGE_FILES, *TABLE_FILES)]
-    data += [x for x in files if x.name in METADATA and x not in data]
-    for path in data:
-        parts = path.relative_to(folder).parts
-        shard = path.name.split("-")
-        if path.suffix == ".parquet" and len(shard) > 3 and shard[-2] == "of":
-            name = "-".join(shard[:-3])
-        else:
-            name = parts[0] if len(parts) > 1 else ""
-        found.setdefault(name, []).append(path)
-    if not found or not set(found) <= set(SPLITS):
-        if split != "train":
-            raise ValueError(f"--dataset_split {split}: {folder} has no folders named as splits")
-        return files, []
-    if split not in found:
-        raise ValueError(f"--dataset_split {split}: {folder} has the splits {', '.join(found)}")
-    notes = [f"{len(x)} files of the split {name}" for name, x in found.items() if name != split]
-    other = {path for name, x in found.items() if name != split for path in x}
-    return [path for path in files if path not in other], notes
-
-
-def read_metadata(folder: Path, lists: list[Path]) -> pyarrow.Table:
-    """The rows of metadata files, each beside or above its images, sorted by image path; the column
-    file_name, as datasets' imagefolder names it, becomes image."""
-    tables = []
-    for path in lists:
-        table = read_list(path)
-        if "file_name" not in table.column_names:
-            raise ValueError(f"{path} has no column file_name, but {table.column_names}")
-        names = table.column("file_name").to_pylist()
-        paths = [str(path.parent / name) if isinstance(name, str) else None for name in names]
-        own = [x for x in table.column_names if x in ("file_name", "image")]
-        images = pyarrow.array(paths, pyarrow.string())
-        tables.append(table.drop_columns(own).append_column("image", images))
-    try:
-        table = pyarrow.concat_tables(tables, promote_options="permissive")
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"the metadata files of {folder} do not agree: {error}") from None
-    return table.sort_by("image")
-
-
-def read_sidecars(folder: Path, images: list[Path]) -> pyarrow.Table:
-    """Columns image and text, the text of NAME.txt beside NAME.png, or none if it is missing."""
-    captions = []
-    for path in images:
-        file = path.with_suffix(".txt")
-        try:
-            text = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        captions.append(text)
-    if not any(captions):
-        expected = f"{' or '.join(METADATA)}, or NAME.txt beside each image"
-        raise ValueError(f"--dataset {folder} holds images but no captions: expected {expected}")
-    return pyarrow.table({"image": [str(path) for path in images], "text": captions})
-
-
-# --- Data: check ----------------------------------------------------------------------------------
-
-LONGEST_CAPTION = 10_000  # characters; text encoders read some 300: what is longer is no caption
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow's limit, 1 MB, is below what workflow editors write
 
 
-def read_image(cell: dict, root: Path | None) -> Image.Image:
-    """8-bit RGB from a row's {"bytes", "path"}: turned by its EXIF orientation, in sRGB, 16 bits
-    scaled to 8, laid on white where transparent.
-    Raises ValueError: its path leaves root, its pixels have 32 bits, its colour profile cannot be
-    used; Pillow's errors: it is no image, or a broken one."""
-    if cell["bytes"] is not None:
-        source = io.BytesIO(cell["bytes"])
-    else:
-        source = Path(root or "", cell["path"] or "")
-        if root is not None and not source.resolve().is_relative_to(root):
-            raise ValueError(f"the file is {source.resolve()}, outside {root}")
-    image = ImageOps.exif_transpose(Image.open(source))
-    profile = image.info.get("icc_profile")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have 32 bits (Pillow's mode {image.mode}), expected 8 or 16")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    alpha = None
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        image = image.convert("L" if image.mode == "LA" else "RGB")
-    image = to_srgb(image, profile) if profile else image.convert("RGB")
-    if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    return image
+def read_table(dataset: str, image_column: str) -> tuple[datasets.Dataset, Path]:
+    """The rows of --dataset, in its own order, and the folder that image paths start from.
+    Raises ValueError, FileNotFoundError: it cannot be read; names the file and the mend."""
+    path = Path(dataset)
+    if not path.exists():
+        return datasets.load_dataset(dataset, split="train"), Path()
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if (path / "metadata.jsonl").is_file():
+        table = load_files("json", [path / "metadata.jsonl"])
+        return table.rename_column("file_name", image_column), path
+    if not files or files[0].suffix != ".parquet":
+        raise ValueError(
+            f"--dataset {path}: expected a folder with metadata.jsonl, a .parquet file, a folder of"
+            " them, or a hub id. README, Data, says how to make one"
+        )
+    return load_files("parquet", files), files[0].parent
 
 
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """RGB in sRGB from an image in the colours of its ICC profile. Raises ValueError."""
+def load_files(kind: str, files: list[Path]) -> datasets.Dataset:
+    """The rows of files of one kind. Raises ValueError: names the first, and what is wrong."""
+    names = [glob.escape(str(file)) for file in files]
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[own.profile.xcolor_space]
-        grey, inks = image.mode in ("1", "L"), image.mode == "CMYK"
-        if not {"RGB": not inks, "L": grey, "CMYK": inks}[mode]:
-            raise ValueError(f"it is for {mode}, the pixels are {image.mode}")
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image.convert(mode), own, srgb, outputMode="RGB")
-    except (OSError, KeyError, ValueError, ImageCms.PyCMSError) as error:
-        raise ValueError(f"its ICC colour profile cannot be used: {error}") from None
+        return datasets.load_dataset(kind, data_files=names, split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"--dataset {files[0]} cannot be read: {error.__cause__}") from None
 
 
-def check_row(row: dict, rest: RestConfig, root: Path | None) -> dict:
-    """{"problem": what is wrong with a pair, or "", "digest": of its content, "side": its shorter
-    side in pixels}."""
-    cell, caption = row[rest.image_column], row[rest.caption_column]
-    column = rest.caption_column
-    try:
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"its {column} is {caption!r}, expected a text")
-        if len(caption) > LONGEST_CAPTION:
-            came = f"its {column} has {len(caption)} characters"
-            raise ValueError(f"{came}, expected at most {LONGEST_CAPTION}")
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise ValueError("it has no image")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = read_image(cell, root)
-    except Exception as error:  # whatever Pillow raises: the row is listed with it
-        name = Path(cell["path"]).name if cell and cell["path"] else "no file name"
-        problem = f"({name}): {type(error).__name__}: {error}".replace("\n", " ")
-        return {"problem": problem[:300], "digest": "", "side": 0}
-    content = image.tobytes() + repr((image.size, caption)).encode()
-    found = hashlib.sha256(content).hexdigest()
-    return {"problem": "", "digest": found, "side": min(image.size)}
-
-
-class Checks(torch.utils.data.Dataset):
-    """check_row of each row, for a DataLoader, whose workers end with their parent."""
-
-    def __init__(self, table: datasets.Dataset, rest: RestConfig, root: Path | None):
-        self.table, self.rest, self.root = table, rest, root
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, i: int) -> dict:
-        return check_row(self.table[i], self.rest, self.root)
-
-
-def check_rows(table: datasets.Dataset, rest: RestConfig, root: Path | None, files: list) -> list:
-    """check_row of all rows, kept in datasets' cache under a key of the rows, of the image files as
-    they are now (see file_states), and of the code."""
-    code = [inspect.getsource(x) for x in (read_image, to_srgb, check_row)]
-    columns = [rest.image_column, rest.caption_column, str(root)]
-    content = json.dumps([table._fingerprint, files, columns, code])
-    key = hashlib.sha256(content.encode()).hexdigest()
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "soar_checked_rows" / f"{key}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    workers = min(len(os.sched_getaffinity(0)), len(table) // 256)
-    loader = DataLoader(Checks(table, rest, root), 32, num_workers=workers, collate_fn=list)
-    verdicts = []
-    with tqdm(total=len(table), desc="checking rows", unit="row") as bar:
-        for part in loader:
-            verdicts += part
-            bar.update(len(part))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(json.dumps(verdicts), file)
-    return verdicts
-
-
-def file_state(path: str | None, root: Path | None) -> list[int]:
-    """Size and time of change of an image file; nothing if it is not there."""
-    try:
-        status = Path(root or "", path or "").stat()
-        return [status.st_size, status.st_mtime_ns]
-    except OSError:
-        return []
-
-
-def file_states(table: datasets.Dataset, column: str, root: Path | None) -> list[list[int] | None]:
-    """file_state of each row's image, None where the row holds its bytes."""
-    cells = table.data.column(column)
-    in_row = pyarrow.compute.struct_field(cells, "bytes").is_valid().to_pylist()
-    paths = pyarrow.compute.struct_field(cells, "path").to_pylist()
-    return [None if x else file_state(path, root) for x, path in zip(in_row, paths)]
-
-
-def at_least(table: datasets.Dataset, minima: dict[str, float], dataset: str) -> np.ndarray:
-    """Indices of the rows whose columns are at least minima; a missing value is not.
+def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
+    """The rows whose columns are at least minima; a missing value is not.
     Raises ValueError: a column holds no numbers."""
     keep = np.full(len(table), True)
     for column, least in minima.items():
-        values, kinds = table.data.column(column), pyarrow.types
-        kind = values.type
-        if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_decimal(kind)):
-            fault = f"this column of {dataset} holds no numbers, but {kind}"
-            raise ValueError(f"--min {column}: {fault}")
-        enough = pyarrow.compute.greater_equal(values.cast(pyarrow.float64()), least)
-        keep &= enough.fill_null(False).to_numpy()
-    return np.flatnonzero(keep)
+        try:
+            keep &= np.array(table[column][:], dtype=float) >= least
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--min {column}: it holds no numbers: {error}") from None
+    return np.flatnonzero(keep).tolist()
 
 
-def check_columns(rows: Rows, args: Args) -> datasets.Dataset:
-    """The rows with their images as {"bytes", "path"}. Raises ValueError: a column is not there, or
-    holds no images."""
-    table, rest = rows.table, args.rest
-    wanted = {"image_column": [rest.image_column], "caption_column": [rest.caption_column]}
-    for flag, columns in (wanted | {"min": list(rest.minima())}).items():
-        for column in columns:
+def decode(content: bytes) -> Image.Image:
+    """8-bit RGB in sRGB, turned by its EXIF orientation, on white where it is transparent.
+    Raises ValueError: it has more than 8 bits; Pillow's errors: it is broken, or its colour profile
+    is not for its pixels."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if image.mode[0] in "IF":
+        raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode}): convert it to 8")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    kind = "CMYK" if image.mode == "CMYK" else "RGB"
+    if "icc_profile" in image.info:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
+            kind = "L"
+        srgb = ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image.convert(kind), profile, srgb, outputMode="RGB")
+    image = image.convert("RGB")
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
+
+
+def number_of(*parts: bytes) -> int:
+    """60 bits of a SHA-256 of these parts: a digest that fits an int64 tensor."""
+    found = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
+    return int(found.hexdigest()[:15], 16)
+
+
+def in_threads(function: Callable, items: Iterator, threads: int, ahead: int) -> Iterator:
+    """function of each item, in order, by threads, up to `ahead` items before they are asked for.
+    Threads, as they end with the process, and no signal or fork reaches them; Pillow, hashes and
+    torch's random numbers let go of the interpreter's lock."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Pairs:
+    """The image-caption pairs of --dataset. check() reads every row and keeps a digest of it;
+    read() holds each later read against that: what is checked is what is trained.
+    Raises ValueError, FileNotFoundError: it cannot be read, or a column does not fit."""
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+        table, self.folder = read_table(data.dataset, data.image_column)
+        for column in (data.image_column, data.caption_column, *data.minima):
             if column not in table.column_names:
-                came = f"{args.dataset} has the columns {table.column_names}"
-                raise ValueError(f"--{flag} {column}: {came}")
-    kind, kinds = table.data.column(rest.image_column).type, pyarrow.types
-    struct = kinds.is_struct(kind) and {x.name for x in kind} <= {"bytes", "path"}
-    path = (kinds.is_string(kind) or kinds.is_large_string(kind)) and rows.root is not None
-    binary = kinds.is_binary(kind) or kinds.is_large_binary(kind)
-    if not (struct or path or binary):
-        fault = f"{rest.image_column} of {args.dataset} holds no images, but {kind}"
-        raise ValueError(f"--image_column {fault}")
-    if kinds.is_large_binary(kind):
-        table = table.cast_column(rest.image_column, datasets.Value("binary"))
-    return table.cast_column(rest.image_column, datasets.Image(decode=False))
-
-
-class Pairs(torch.utils.data.Dataset):
-    """The checked pairs: (pixels (3, R, R) in [-1, 1], caption) by (row, step, sample of the global
-    batch). Raises ValueError: rows or columns that cannot be used; what read_rows raises."""
-
-    def __init__(self, args: Args):
-        rest, rows = args.rest, read_rows(args)
-        table = check_columns(rows, args)
-        self.args, self.root = args, rows.root
+                raise ValueError(f"--dataset has no column {column}: {table.column_names}")
+        try:
+            self.table = table.cast_column(data.image_column, datasets.Image(decode=False))
+        except (pyarrow.ArrowException, TypeError, ValueError):
+            raise ValueError(
+                f"--image_column holds no images, but {table.features[data.image_column]}"
+            ) from None
+        self.rows = at_least(table, data.minima)  # their numbers in --dataset
+        self.digests: list[int] = []
         self.processor = VaeImageProcessor(vae_scale_factor=1)
-        total = len(table)
-        numbers = at_least(table, rest.minima(), args.dataset)
-        states = file_states(table, rest.image_column, rows.root)
-        self.files = [states[i] for i in numbers]
-        if len(numbers) < total:
-            table = table.select(numbers)
-        verdicts = check_rows(table, rest, rows.root, self.files)
-
-        bad = [i for i, verdict in enumerate(verdicts) if verdict["problem"]]
-        good = [i for i, verdict in enumerate(verdicts) if not verdict["problem"]]
-        listed = "".join(f"\n  row {numbers[i]} {verdicts[i]['problem']}" for i in bad[:20])
-        listed += "\n  ..." if len(bad) > 20 else ""
-        if bad and rest.on_bad_row == "stop":
-            fault = f"{len(bad)} of {len(table)} rows of {args.dataset} cannot be used:{listed}"
-            raise ValueError(f"{fault}\nCorrect them, or leave them out by --on_bad_row skip")
-        small = sum(verdicts[i]["side"] < args.resolution for i in good)
-        below = total - len(table)
-        self.report = f"{len(good)} of {total}: {below} left out by --min, {len(bad)} unusable; "
-        self.report += f"{small} are smaller than {args.resolution} pixels and enlarged"
-        self.report += "".join(f"; left out: {note}" for note in rows.notes) + listed
-        self.table, self.good = table, good
-        self.numbers = [int(numbers[i]) for i in good]
-        content = "".join(verdicts[i]["digest"] for i in good)
-        self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return len(self.good)
+        return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, str]:
-        index, step, i = key
-        row = self.table[self.good[index]]
-        cell, caption = row[self.args.rest.image_column], row[self.args.rest.caption_column]
-        checked = self.files[self.good[index]]
-        if checked is not None and checked != file_state(cell["path"], self.root):
-            raise RuntimeError(f"{cell['path']} has changed since it was checked: start again")
-        size = (self.args.resolution, self.args.resolution)
-        image = ImageOps.fit(read_image(cell, self.root), size, Image.Resampling.LANCZOS)
-        drop = torch.rand((), generator=seeded(self.args.training.seed, "pair", step, i))
-        if drop < self.args.training.cond_dropout_rate:
-            caption = ""
+    def check(self, hosts: dist.ProcessGroup) -> str:
+        """Read all rows, each rank a share, and leave out, or stop at, what cannot be used.
+        Returns what was found, in words. Raises ValueError: rows that cannot be used."""
+        data, chosen, rank = self.data, self.rows, dist.get_rank(hosts)
+        found = torch.zeros(len(chosen), 2, dtype=torch.int64)  # digest and shorter side; 0 if bad
+        own = range(rank, len(chosen), dist.get_world_size(hosts))
+        rows = (chosen[i] for i in own)
+        verdicts = in_threads(self.inspect, rows, data.reader_threads, 8 * data.reader_threads)
+        for i, verdict in zip(tqdm(own, desc="checking rows", disable=rank > 0), verdicts):
+            found[i] = torch.tensor(verdict[:2])
+        dist.all_reduce(found, group=hosts)  # a row is 0 on all ranks but one
+        digests, sides = found.T.tolist()
+        bad = [row for row, side in zip(chosen, sides) if side == 0]
+        said = f"{len(chosen) - len(bad)} of {len(self.table)}, {len(bad)} unusable"
+        said += "".join(f"\n  row {row} {self.inspect(row)[2]}" for row in bad[:20])
+        if bad and data.on_bad_row == "stop":
+            raise ValueError(
+                f"--dataset {data.dataset}: {said}\n"
+                "Correct these rows, or leave them out by --on_bad_row skip"
+            )
+        self.rows = [row for row, side in zip(chosen, sides) if side]
+        self.digests = [digest for digest, side in zip(digests, sides) if side]
+        small = sum(0 < side < data.resolution for side in sides)
+        said += f"; {small} are smaller than {data.resolution} pixels and enlarged"
+        return f"{said}; {len(self) - len(set(self.digests))} are repeated"
+
+    def inspect(self, row: int) -> tuple[int, int, str]:
+        """(digest, shorter side in pixels, "") of a row, or (0, 0, what is wrong with it)."""
+        try:
+            digest, image, _ = self.load(row)
+            return digest, min(image.size), ""
+        except Exception as error:  # whatever Pillow raises: the row is listed with it
+            cell = self.table[row][self.data.image_column] or {}
+            return 0, 0, f"({cell.get('path')}): {type(error).__name__}: {error}"[:300]
+
+    def load(self, row: int) -> tuple[int, Image.Image, str]:
+        """Digest, image and caption of a row. Raises ValueError, and what decode raises."""
+        cells = self.table[row]
+        cell, caption = cells[self.data.image_column], cells[self.data.caption_column]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"its {self.data.caption_column} is {caption!r}, expected a text")
+        if cell is None or not (cell["bytes"] or cell["path"]):
+            raise ValueError("it has no image")
+        content = cell["bytes"] or (self.folder / cell["path"]).read_bytes()
+        return number_of(content, caption.encode()), decode(content), caption
+
+    def read(self, index: int) -> tuple[Tensor, str]:
+        """Pixels (3, R, R) in [-1, 1] and caption of a pair. Raises RuntimeError: it has changed
+        since it was checked."""
+        digest, image, caption = self.load(self.rows[index])
+        if digest != self.digests[index]:
+            raise RuntimeError(
+                f"row {self.rows[index]} of {self.data.dataset} is not what was checked: it has"
+                " changed, or this node has other data"
+            )
+        size = (self.data.resolution, self.data.resolution)
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
         return self.processor.preprocess(image)[0], caption
 
-
-def load_pairs(args: Args, hosts: dist.ProcessGroup) -> Pairs:
-    """Pairs, whose rows one process of each node checks. Raises ValueError: nodes, or ranks, see
-    different data; the global batch is larger than the data."""
-    pairs = Pairs(args) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    dist.barrier(hosts)
-    pairs = pairs or Pairs(args)
-    own = torch.tensor([int(pairs.digest[:15], 16), len(pairs)])
-    found = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own, group=hosts)
-    for rank, other in enumerate(found):
-        if not torch.equal(other, found[0]):
-            fault = f"ranks 0 and {rank} see different data in {args.dataset}"
-            counts = f"{int(found[0][1])} and {int(other[1])} pairs"
-            raise ValueError(f"{fault} ({counts}): give all nodes the same files")
-    batch = args.global_batch(dist.get_world_size())
-    if len(pairs) < batch:
-        fault = f"--dataset {args.dataset} has {len(pairs)} pairs"
-        raise ValueError(f"{fault}, fewer than a global batch of {batch}")
-    return pairs
+    def captions(self) -> list[str]:
+        column = self.data.caption_column
+        return self.table.select_columns(column).select(self.rows)[column][:]
 
 
-# --- Data: which rank sees what -------------------------------------------------------------------
+# --- Data: what a step takes ----------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What a forward takes, on the CPU."""
+
+    pixels: Tensor  # (B, 3, R, R) in [-1, 1]
+    captions: list[str]
+    vae_noise: Tensor  # (B, C, h, w) ~ N(0, I), which picks the VAE's sample
+    draws: Draws
+
+
+@lru_cache(2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_rows, generator=seeded(seed, "epoch", epoch))
 
 
 def step_rows(num_rows: int, global_batch: int, seed: int, step: int) -> list[int]:
     """The rows of a step's global batch; steps count from 1. An epoch is a permutation of all rows,
     a function of (seed, epoch), cut into global batches; the remainder is dropped."""
     epoch, k = divmod(step - 1, num_rows // global_batch)
-    order = torch.randperm(num_rows, generator=seeded(seed, "epoch", epoch))
+    order = epoch_order(num_rows, seed, epoch)
     return order[k * global_batch : (k + 1) * global_batch].tolist()
 
 
-def batch_slice(micro: int, args: Args, rank: int, world_size: int) -> slice:
-    """Where the samples of a rank's forward are in the global batch."""
-    start = (micro * world_size + rank) * args.training.train_batch_size
-    return slice(start, start + args.training.train_batch_size)
+def batched(draws: list[Draws]) -> Draws:
+    """Draws of one sample each, joined along their batch dimensions."""
+    joined = []
+    for values, dimension in zip(zip(*draws), Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)):
+        joined.append(None if values[0] is None else torch.cat(values, dimension))
+    return Draws(*joined)
 
 
-def batch_keys(
-    num_rows: int, args: Args, rank: int, world_size: int, start: int
-) -> Iterator[list[tuple[int, int, int]]]:
-    """What this rank's forwards after step start ask of Pairs: lists of (row, step, sample)."""
-    for step in range(start + 1, args.training.max_train_steps + 1):
-        rows = step_rows(num_rows, args.global_batch(world_size), args.training.seed, step)
-        for micro in range(args.training.gradient_accumulation_steps):
-            part = batch_slice(micro, args, rank, world_size)
-            yield [(rows[i], step, i) for i in range(part.start, part.stop)]
+def read_batches(
+    pairs: Pairs, args: Args, shape: tuple[int, ...], rank: int, global_batch: int, start: int
+) -> Iterator[Batch]:
+    """This rank's batches after step start, with latents of shape (C, h, w), made by threads ahead
+    of time, so that the host reads and draws nothing between two steps. What is random is a
+    function of (seed, step, sample of the global batch)."""
+    training, size = args.training, args.training.train_batch_size
+    accumulated, threads = training.gradient_accumulation_steps, args.data.reader_threads
 
+    def make(key: tuple[int, int]) -> Batch:
+        step, micro = key
+        rows = step_rows(len(pairs), global_batch, training.seed, step)
+        first = micro * global_batch // accumulated + rank * size
+        pixels, captions, noise, draws = [], [], [], []
+        for i in range(first, first + size):
+            image, caption = pairs.read(rows[i])
+            dropped = torch.rand((), generator=seeded(training.seed, "caption", step, i))
+            pixels.append(image)
+            captions.append("" if dropped < training.cond_dropout_rate else caption)
+            noise.append(torch.randn(shape, generator=seeded(training.seed, "vae", step, i)))
+            draws.append(draw((1, *shape), args.soar, seeded(training.seed, "draws", step, i)))
+        return Batch(torch.stack(pixels), captions, torch.stack(noise), batched(draws))
 
-def take(draws: Draws, part: slice, device: torch.device) -> Draws:
-    """The draws of some samples of the global batch, on device."""
-    path_z1 = None
-    if draws.path_z1 is not None:
-        path_z1 = to_device(draws.path_z1[:, part], device)
-    return Draws(
-        z1=to_device(draws.z1[part], device),
-        t=to_device(draws.t[part], device),
-        u=to_device(draws.u[:, :, part], device),
-        path_noise=to_device(draws.path_noise[:, part], device),
-        path_z1=path_z1,
-    )
+    keys = product(range(start + 1, training.max_train_steps + 1), range(accumulated))
+    return in_threads(make, keys, threads, ahead=accumulated + threads)
 
 
 # --- Model and optimizer --------------------------------------------------------------------------
@@ -719,54 +452,40 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 
 
 def load_trainable(
-    args: Args, checkpoint: Path | None, device: torch.device
+    name_or_path: str, start: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer of checkpoint, else of --transformer, else of the pipeline, on device.
-    What is trained is float32. Raises ValueError: the weights do not fit."""
-    base, rank = args.pretrained_model_name_or_path, args.training.lora_rank
-    start = find_weights(args.transformer)[0] if args.transformer else None
-    if checkpoint is not None:
-        start = checkpoint / (LORA if rank else "transformer")
-    if rank is None:
-        model = load_transformer(base, start, torch.float32, device)
+    """The transformer of the folder or LoRA file start, else of the pipeline, on device. What is
+    trained is float32. Raises ValueError: the weights do not fit."""
+    if training.lora_rank is None:
+        model = load_transformer(name_or_path, start, torch.float32, device)
         return model.requires_grad_(True).train()
-    dtype = torch.bfloat16 if args.training.mixed_precision == "bf16" else torch.float32
-    model = load_transformer(base, None, dtype, torch.device("cpu"))
-    matrices = read_lora(start, model) if start else {}
-    add_lora(model, rank, args.training.seed)
-    if start:
-        set_lora(model, matrices, start)
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    model = load_transformer(name_or_path, None, dtype, torch.device("cpu"))
+    if start is None:
+        add_lora(model, training.lora_rank, training.seed)
+    elif start.is_dir():
+        raise ValueError(
+            f"--transformer is {start}, but with --lora_rank only matrices are saved: give a LoRA"
+            " file, or a pipeline with that transformer"
+        )
+    else:
+        load_lora(model, start)
+        scales = {x.scaling["default"] for x in model.modules() if hasattr(x, "scaling")}
+        if scales != {1.0} or model.peft_config["default"].r != training.lora_rank:
+            raise ValueError(f"{start}: rank or alpha is not --lora_rank {training.lora_rank}")
     return model.to(device).train()
 
 
 def add_lora(model: SD3Transformer2DModel, rank: int, seed: int) -> None:
     """Freeze all weights, and put matrices A and B of this rank beside those of every attention,
-    alpha = rank: B zero, A as peft draws it, a function of (seed, name)."""
+    in float32, alpha = rank: B zero, A as peft draws it, a function of seed."""
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_MODULES))
-    model.add_adapter(config)
-    for name, parameter in trained(model).items():
-        parameter.data = torch.zeros(parameter.shape)
-        if "lora_A" in name:
-            generator = seeded(seed, name)
-            torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
-
-
-def set_lora(model: SD3Transformer2DModel, matrices: dict, file: Path) -> None:
-    """Give the model's LoRA the matrices that read_lora found in file. Raises ValueError: they are
-    of other modules, or of another rank."""
-    parameters = trained(model)
-    names = {name.split(".lora_A.")[0] for name in parameters if ".lora_A." in name}
-    if set(matrices) != names:
-        other = min(set(matrices) ^ names)
-        raise ValueError(f"{file} does not fit --lora_rank: only one of the two has {other}")
-    with torch.no_grad():
-        for name, (a, b, scale) in matrices.items():
-            own = parameters[f"{name}.lora_A.default.weight"]
-            if a.shape != own.shape:
-                raise ValueError(f"{file} has rank {len(a)}, --lora_rank is {len(own)}")
-            own.copy_(a)
-            parameters[f"{name}.lora_B.default.weight"].copy_(scale * b)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config)
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float()
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -783,13 +502,13 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
         block.compile(dynamic=False)
 
 
-def make_ddp(transformer, gradient_as_bucket_view: bool = True) -> DistributedDataParallel:
+def make_ddp(transformer: torch.nn.Module) -> DistributedDataParallel:
     """DDP. Buffers are constants (SD3.5's positions: 0.9 GB), so none is sent before forwards."""
     with warnings.catch_warnings():
         # torch 2.13 has a new name for broadcast_buffers, which torch 2.9 does not know.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            transformer, broadcast_buffers=False, gradient_as_bucket_view=gradient_as_bucket_view
+            transformer, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
 
@@ -807,197 +526,184 @@ def make_optimizer(
     training: TrainingConfig, parameters: dict[str, torch.nn.Parameter], checkpoint: Path | None
 ) -> torch.optim.AdamW:
     """AdamW over parameters, with its state from checkpoint, if any."""
-    rates = {"lr": training.learning_rate, "weight_decay": training.adam_weight_decay}
-    optimizer = torch.optim.AdamW(parameters.values(), fused=True, **rates)
-    if checkpoint is None:
-        return optimizer
-    state = {}
-    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
-        for i, name in enumerate(parameters):
-            state[i] = {key: file.get_tensor(f"{name}.{key}") for key in MOMENTS}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    optimizer = torch.optim.AdamW(
+        parameters.values(), training.learning_rate, weight_decay=training.adam_weight_decay,
+        fused=True,
+    )  # fmt: skip
+    if checkpoint is not None:
+        saved = load_file(checkpoint / "optimizer.safetensors")
+        state = {
+            i: {key: saved[f"{name}.{key}"] for key in MOMENTS} for i, name in enumerate(parameters)
+        }
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return optimizer
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: dict) -> dict[str, Tensor]:
-    """AdamW's state as {"PARAMETER.KEY": tensor}."""
-    found = {}
-    for name, parameter in parameters.items():
-        for key, x in optimizer.state[parameter].items():
-            found[f"{name}.{key}"] = x
-    return found
+def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
+    """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
+    there is no state to save. The schedule's steps 0 and max_train_steps + 1, whose factor may be
+    0, are not taken. Raises ValueError: diffusers cannot make the schedule."""
+    scheduler = get_scheduler(
+        training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=training.max_train_steps + 1,
+    )  # fmt: skip
+    return scheduler.lr_lambdas[0]
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, in order of steps."""
-    found = [path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def save_checkpoint(
-    path: Path, transformer: SD3Transformer2DModel, optimizer: dict[str, Tensor], state: dict
+    path: Path, transformer: SD3Transformer2DModel, optimizer: torch.optim.AdamW, state: dict
 ) -> None:
-    """Write checkpoint-NNNNNN whole or not at all: beside it, to the disk, trainer_state.json last,
-    then renamed. optimizer: of optimizer_tensors.
+    """Write checkpoint-NNNNNN whole or not at all: beside it, to the disk, then renamed.
     Raises OSError: it could not be written; nothing of it is left."""
     staging = path.with_name(f".{path.name}")
+    moments = {
+        f"{name}.{key}": optimizer.state[parameter][key]
+        for name, parameter in trained(transformer).items() for key in MOMENTS
+    }  # fmt: skip
     try:
         if state["settings"]["lora_rank"]:
             layers = get_peft_model_state_dict(transformer)
             StableDiffusion3Pipeline.save_lora_weights(staging, layers)
         else:
             transformer.save_pretrained(staging / "transformer")
-        save_file(optimizer, staging / "optimizer.safetensors")
+        save_file(moments, staging / "optimizer.safetensors")
+        (staging / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
         for written in (*staging.rglob("*"), staging):
             sync(written)
-        save_whole(json.dumps(state, indent=1) + "\n", staging / "trainer_state.json")
         staging.rename(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        mend = "Earlier checkpoints are whole; make room, then give the same command again"
-        raise OSError(f"{path} could not be written: {error}. {mend}") from error
+        raise OSError(
+            f"{path} could not be written: {error}. Earlier checkpoints are whole; make room, then"
+            " give the same command again"
+        ) from error
 
 
 def delete_old(output_dir: Path, limit: int | None) -> None:
     """Keep the newest checkpoints only. A rename first: what is being deleted is none any more."""
-    found = checkpoints(output_dir)
-    for path in found[: len(found) - (limit or len(found))]:
+    for path in checkpoints(output_dir)[:-limit] if limit else []:
         shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
 
 
-def find_checkpoint(args: Args) -> Path | None:
-    """The checkpoint in output_dir to go on from, or None for a fresh start; reads names only.
-    Raises ValueError, FileNotFoundError: output_dir is in other use, or a checkpoint incomplete."""
-    output_dir, found = args.output_dir, checkpoints(args.output_dir)
-    if visible(output_dir) and not (output_dir / "settings.json").is_file():
-        fault = "is not empty and holds no run: settings.json is not there"
-        raise ValueError(f"--output_dir {output_dir} {fault}")
-    for path in sorted(output_dir.glob("checkpoint-[0-9]*")):
-        if path not in found:
-            fault = f"{path} is incomplete: it has no trainer_state.json"
-            raise FileNotFoundError(f"{fault}. Complete it, or delete it")
-    final = output_dir / "final"
-    if final.is_dir() and not final.is_symlink():
-        fault = f"{final} is a folder, where a link to the last checkpoint was"
-        raise ValueError(f"{fault}. Move it away; a checkpoint goes on if named checkpoint-NNNNNN")
-    return found[-1] if found else None
+def wait_for(path: Path, seconds: int = 300) -> None:
+    """Wait until this node sees path: network disks show it late.
+    Raises FileNotFoundError: it does not."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"rank {dist.get_rank()} has not seen {path} within {seconds} s, as others have:"
+                " give an --output_dir that all nodes see"
+            )
+        time.sleep(0.5)
 
 
-def check_settings(settings: dict, path: Path) -> None:
-    """Raises ValueError: the run of this .json was made with other settings; names them."""
-    was, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-    was = was.get("settings", was)
-    names = [name for name in was | now if was.get(name) != now.get(name)]
-    if names:
-        other = "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
-        fault = f"{path.parent} was made with other settings: {other}"
-        raise ValueError(f"{fault}. Give these, or another --output_dir")
+def newest_checkpoint(output_dir: Path, hosts: dist.ProcessGroup) -> Path | None:
+    """The checkpoint to go on from, the newest that any rank sees; None for a fresh start.
+    Raises ValueError: output_dir is in other use; FileNotFoundError: a rank does not see it."""
+    if visible(output_dir) and not (output_dir / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"--output_dir {output_dir} is not empty and holds no run: there is no metrics.jsonl"
+        )
+    found = [int(path.name.split("-")[1]) for path in checkpoints(output_dir)]
+    step = torch.tensor(max(found, default=0))
+    dist.all_reduce(step, dist.ReduceOp.MAX, group=hosts)
+    if step == 0:
+        return None
+    path = output_dir / f"checkpoint-{step:06d}"
+    wait_for(path)
+    return path
 
 
-def run_settings(args: Args, world_size: int, pairs: Pairs) -> dict:
-    """All that the result of a run depends on, but for rounding: weights and data by content."""
+def run_settings(args: Args, start: Path | None, global_batch: int) -> dict:
+    """All that the result of a run depends on, but for its data and rounding."""
     values = dataclasses.asdict(args.training) | dataclasses.asdict(args.soar)
     del values["train_batch_size"], values["gradient_accumulation_steps"]
     if args.training.lr_scheduler.startswith("constant"):
         del values["max_train_steps"]
-    values["sigma_upper_ratio"] = str(args.soar.sigma_upper_ratio)  # inf is not JSON
     base = args.pretrained_model_name_or_path
-    values["pipeline"] = identity(base, "rest")[:16]
-    start = find_weights(args.transformer)[0] if args.transformer else None
-    values["transformer"] = (digest(start) if start else identity(base, "transformer"))[:16]
-    values["resolution"] = args.resolution
-    values["global_batch"] = args.global_batch(world_size)
-    values["data"] = pairs.digest
-    return values
+    return values | {
+        "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
+        "pipeline": identity(base, "rest")[:16],
+        "transformer": (digest(start) if start else identity(base, "transformer"))[:16],
+        "resolution": args.data.resolution,
+        "global_batch": global_batch,
+    }
 
 
-def check_start(args: Args, settings: dict, checkpoint: Path | None, step: int) -> None:
-    """Raises ValueError: output_dir is of other settings, or beyond --max_train_steps."""
-    files = [args.output_dir / "settings.json"]
-    if checkpoint is not None:
-        files.append(checkpoint / "trainer_state.json")
-    for path in files:
-        if path.is_file():
-            check_settings(settings, path)
-    steps = args.training.max_train_steps
-    if step > steps:
-        raise ValueError(f"--max_train_steps is {steps}, but {checkpoint} is at step {step}")
+def check_same(was: dict, now: dict, output_dir: Path) -> None:
+    """Raises ValueError: the settings of a run are not those that are given; names them."""
+    names = [name for name in was | now if was.get(name) != now.get(name)]
+    if names:
+        other = "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
+        raise ValueError(
+            f"{output_dir} was made with other settings: {other}. Give these, or another"
+            " --output_dir"
+        )
 
 
-def check_transformer(args: Args) -> None:
-    """Raises ValueError, FileNotFoundError: --transformer is nothing to start from."""
-    if args.transformer is None:
-        return
-    weights, _ = find_weights(args.transformer)
-    check_fit(args.transformer, weights, args.pretrained_model_name_or_path)
-    if args.training.lora_rank and weights is not None and weights.is_dir():
-        fault = f"--transformer {args.transformer} is no LoRA file"
-        mend = "make a pipeline folder with that transformer, for --pretrained_model_name_or_path"
-        raise ValueError(f"{fault}: with --lora_rank only matrices are saved; {mend}")
-
-
-def check_room(output_dir: Path) -> float:
-    """Free bytes where output_dir is or will be. Raises OSError: nothing can be written there."""
-    place = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise OSError(f"--output_dir {output_dir} cannot be written: {error}") from None
-    return shutil.disk_usage(place).free
+def check_ranks_agree(values: dict, hosts: dist.ProcessGroup) -> None:
+    """Raises ValueError: a value of rank 0's is another on some rank; names it."""
+    own = torch.tensor([number_of(str(value).encode()) for value in values.values()])
+    first = own.clone()
+    dist.broadcast(first, 0, group=hosts)
+    differs = (own != first).long()
+    dist.all_reduce(differs, group=hosts)
+    names = [f"{name} (here {values[name]})" for name, x in zip(values, differs.tolist()) if x]
+    if names:
+        raise ValueError(
+            f"ranks do not have the same {', '.join(names)}: give all nodes the same command,"
+            " weights and data"
+        )
 
 
 # --- What the user sees ---------------------------------------------------------------------------
 
 # bf16, dense, from the data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "B200": 2250}
+# Each is a mean: of steps, of base points or of auxiliary points; errors are unweighted.
+METRICS = (
+    "loss", "grad_norm",
+    "base", "base_sigma_1", "base_sigma_2", "base_sigma_3", "base_sigma_4",
+    "aux", "aux_sigma_1", "aux_sigma_2", "aux_sigma_3", "aux_sigma_4",
+)  # fmt: skip
+
+
+def no_sums(device: torch.device) -> Tensor:
+    """(metric, 2) float64: sums and counts, whose ratios are the METRICS."""
+    return torch.zeros(len(METRICS), 2, dtype=torch.float64, device=device)
 
 
 def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
-    """Add a term to a step's sums (5, 4) float64. Rows: errors and counts of base points, errors
-    and counts of auxiliary points, each by quarter of sigma; (loss, gradient norm, steps, 0)."""
+    """Add a term's errors to sums, in all and by quarter of sigma."""
+    row = METRICS.index("aux" if auxiliary else "base")
+    counts = term.counts.double()
+    pairs = torch.stack([term.error.double() * counts, counts], dim=1)
+    sums[METRICS.index("loss"), 0] += term.loss.detach()
+    sums[row] += pairs.sum(0)
     quarter = (4 * term.sigma).long().clamp(max=3)
-    row = 2 if auxiliary else 0
-    sums[row].index_add_(0, quarter, term.error.double() * term.counts)
-    sums[row + 1].index_add_(0, quarter, term.counts.double())
-    sums[4, 0] += term.loss.detach()
+    sums.index_add_(0, row + 1 + quarter, pairs)
 
 
-def means(sums: list[list[float]]) -> dict[str, float]:
-    """Metrics from sums over steps: loss; mean errors, unweighted, also by quarter of sigma; the
-    gradient's norm before it is clipped."""
-    loss, grad_norm, steps, _ = sums[4]
-    line = {"loss": loss / steps}
-    for name, errors, counts in (("base", sums[0], sums[1]), ("aux", sums[2], sums[3])):
-        if sum(counts):
-            line[name] = sum(errors) / sum(counts)
-        for quarter, (error, count) in enumerate(zip(errors, counts), 1):
-            if count:
-                line[f"{name}_sigma_{quarter}"] = error / count
-    line["grad_norm"] = grad_norm / steps
-    return line
+def means(sums: Tensor) -> dict[str, float]:
+    return {name: total / n for name, (total, n) in zip(METRICS, sums.tolist()) if n}
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: settings.json; metrics.jsonl, cut off after step
-    start; TensorBoard's files."""
+    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step start, and
+    TensorBoard's files. Clears away what a run that was killed while it wrote has left."""
 
-    def __init__(self, output_dir: Path, settings: dict, start: int):
-        save_whole(json.dumps(settings, indent=1) + "\n", output_dir / "settings.json")
-        (output_dir / "final").unlink(missing_ok=True)
-        for path in output_dir.glob(".checkpoint-*"):  # of a run killed while it saved or deleted
+    def __init__(self, output_dir: Path, start: int):
+        for path in output_dir.glob(".checkpoint-*"):
             shutil.rmtree(path)
-        for path in output_dir.glob(".*.tmp"):
-            path.unlink()
         file = output_dir / "metrics.jsonl"
-        kept = []
-        for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # half written in a crash
-                if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
+        lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+        whole = [x for x in lines if x.endswith("}")]  # the last may be half written, in a crash
+        kept = [x + "\n" for x in whole if json.loads(x)["step"] <= start]
         save_whole("".join(kept), file)
         self.file = file.open("a", buffering=1)
         self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=start + 1)
@@ -1008,43 +714,26 @@ class Log:
         for name, value in line.items():
             self.writer.add_scalar(name, value, line["step"])
 
-
-def link_final(checkpoint: Path) -> None:
-    """Make final a link to the last checkpoint, and say how to see it."""
-    final, staging = checkpoint.parent / "final", checkpoint.parent / ".final"
-    try:
-        staging.unlink(missing_ok=True)
-        staging.symlink_to(checkpoint.name)
-        staging.rename(final)
-    except OSError as error:
-        print(f"no link {final} could be made: {error}")
-        final = checkpoint
-    print(f"{checkpoint} is complete; to see it:")
-    print(f"python sample.py --transformer {final} --prompts FILE --output_dir DIR", flush=True)
+    def close(self) -> None:
+        self.file.close()
+        self.writer.close()
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Within, SIGTERM, SIGINT and SIGUSR1 are listed and do nothing else."""
+def note_signals() -> list[int]:
+    """From now on SIGTERM, SIGINT and SIGUSR1 are put on this list and do nothing else."""
     noted = []
-    previous = {}
     for number in SIGNALS:
-        previous[number] = signal.signal(number, lambda number, _: noted.append(number))
-    try:
-        yield noted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(number, lambda number, _: noted.append(number))
+    return noted
 
 
-def deaf_to_signals(_: int) -> None:
-    """For DataLoader workers: a signal to the whole process tree is the ranks' to heed, which still
-    need their workers until the step ends. Workers end with their rank, by torch's watchdog."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def gpu_peak(device: torch.device, bf16: bool) -> float:
+    """FLOP a second of the GPU; infinite if it is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" and bf16 else ""
+    return next((1e12 * x for gpu, x in PEAK_TFLOPS.items() if gpu in name), math.inf)
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -1059,117 +748,197 @@ class Run:
     device: torch.device
     hosts: dist.ProcessGroup  # for what hosts agree on, and for their long waits
     pairs: Pairs
-    prompts: list[dict]  # of validation images
-    settings: dict  # on rank 0
-    start: int  # steps done
-    totals: Tensor  # (5, 4) float64, see add_term: sums since the last line of metrics
+    found: str  # by the check of the pairs
+    global_batch: int
+    settings: dict
+    step: int  # steps done
+    totals: Tensor  # of no_sums: since the last line of metrics
     pipe: StableDiffusion3Pipeline  # without its transformer
     transformer: SD3Transformer2DModel
     ddp: DistributedDataParallel
     optimizer: torch.optim.AdamW
-    uncond: dict[str, Tensor]  # the empty prompt's embeddings
+    lr_factor: Callable
+    uncond: dict[str, Tensor]  # the empty prompt's embeddings, for a batch
+    latent_shape: tuple[int, int, int]
+    seconds: list[float] = field(default_factory=list)  # of each step since then
 
 
 def set_up(args: Args) -> Run:
     """Check and load everything; writes nothing.
     Raises ValueError, OSError: names a flag, file or row that cannot be used."""
-    checkpoint = find_checkpoint(args)
-    check_transformer(args)
-    prompts = read_prompts(args.rest.validation_prompts) if args.rest.validation_prompts else []
+    base, training = args.pretrained_model_name_or_path, args.training
+    start = None
+    if args.transformer:
+        start, _ = find_weights(args.transformer)
+        check_fit(args.transformer, start, base)
+    pairs = Pairs(args.data)
     rank, world_size, device = init_distributed()
     hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    pairs = load_pairs(args, hosts)
-    state = {"step": 0, "sums": [[0.0] * 4] * 5}
+    batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
+    settings = run_settings(args, start, batch)
+    check_ranks_agree(flags(args) | settings | {"number of rows": len(pairs)}, hosts)
+    checkpoint = newest_checkpoint(args.output_dir, hosts)
+    found = pairs.check(hosts)
+    settings["data"] = hashlib.sha256(json.dumps(pairs.digests).encode()).hexdigest()[:16]
+    state = {"step": 0, "sums": no_sums(device).tolist()}
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-    settings = {}
-    if rank == 0:  # as the digests of weights take a while
-        settings = run_settings(args, world_size, pairs)
-        check_start(args, settings, checkpoint, state["step"])
-    dist.barrier(hosts)
+        check_same(state["settings"], settings, args.output_dir)
+        start, _ = find_weights(str(checkpoint))
+    if len(pairs) < batch:
+        raise ValueError(
+            f"--dataset {args.data.dataset} has {len(pairs)} pairs, fewer than a global batch of"
+            f" {batch}"
+        )
+    if state["step"] > training.max_train_steps:
+        raise ValueError(
+            f"--max_train_steps is {training.max_train_steps}, but {checkpoint} is further"
+        )
 
     pipe = load_frozen(args, device)
-    transformer = load_trainable(args, checkpoint, device)
-    check_size(pipe, transformer, resolution=args.resolution)
-    if args.rest.gradient_checkpointing:
+    transformer = load_trainable(base, start, training, device)
+    check_size(pipe, transformer, resolution=args.data.resolution)
+    if args.run.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    optimizer = make_optimizer(training, trained(transformer), checkpoint)
+    lr_factor = make_lr_factor(training, optimizer)
+    uncond = encode_prompts(pipe, [""] * training.train_batch_size, training.max_sequence_length)
+    side = args.data.resolution // pipe.vae_scale_factor
+    shape = (transformer.config.in_channels, side, side)
+    dist.barrier(hosts)  # a slow disk may take longer than nccl would wait for it
     ddp = make_ddp(transformer)
-    optimizer = make_optimizer(args.training, trained(transformer), checkpoint)
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
-    empty = [""] * args.training.train_batch_size
-    uncond = encode_prompts(pipe, empty, args.training.max_sequence_length)
     return Run(
-        rank, world_size, device, hosts, pairs, prompts, settings, state["step"], totals, pipe,
-        transformer, ddp, optimizer, uncond,
+        rank, world_size, device, hosts, pairs, found, batch, settings, state["step"], totals,
+        pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
     )  # fmt: skip
+
+
+def flags(args: Args) -> dict:
+    """All flags, by name."""
+    values = dataclasses.asdict(args)
+    for group in ("data", "training", "soar", "run"):
+        values |= values.pop(group)
+    return values
 
 
 def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
     """The pipeline without its transformer. Raises ValueError: --shift is not its sampler's."""
-    dtype = torch.bfloat16 if args.training.mixed_precision == "bf16" else torch.float32
-    encoders = torch.device(args.rest.text_encoder_device or device)
+    dtype = torch.bfloat16 if args.training.bf16 else torch.float32
+    encoders = torch.device(args.run.text_encoder_device or device)
     pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device, encoders)
     if pipe.scheduler.config.shift != args.soar.shift:
-        came = f"the pipeline samples with shift {pipe.scheduler.config.shift}"
-        raise ValueError(f"--shift is {args.soar.shift}, but {came}")
+        raise ValueError(
+            f"--shift is {args.soar.shift}, but the pipeline samples with shift"
+            f" {pipe.scheduler.config.shift}"
+        )
     return pipe
 
 
-def count_terms(soar: SoarConfig) -> int:
-    """Terms of soar_terms: the base term and M N auxiliary ones."""
-    if soar.lambda_aux == 0:
-        return 1
-    return 1 + soar.num_rollout_paths * soar.num_aux_points
-
-
-def count_flops(args: Args, run: Run, velocity: Velocity, z: Tensor) -> float:
-    """Operations of a step, over all ranks, from those of a forward of z. Runs two forwards and
-    backwards: DDP settles its buckets in the second, and then gradients are views of them."""
+def warm_up(velocity: Velocity, example: tuple, optimizer: torch.optim.Optimizer) -> None:
+    """DDP settles its buckets in its second backward. So two without effect, and then gradients are
+    views of them, and sums come in one order, from the first step on."""
     for _ in range(2):
-        with FlopCounterMode(display=False) as counter:
-            v = velocity(z, torch.ones(len(z), device=z.device), run.uncond)
-        (0 * v.sum()).backward()
-        run.optimizer.zero_grad(set_to_none=False)
-    terms = count_terms(args.soar)
-    passes = 2 if args.training.lora_rank else 3  # frozen weights need no gradients of their own
-    rollout = 1 if terms > 1 and args.soar.guidance_scale != 1 else 0
-    micro_batches = args.training.gradient_accumulation_steps * run.world_size
-    return counter.get_total_flops() * (passes * terms + rollout) * micro_batches
+        (0 * velocity(*example).sum()).backward()
+        optimizer.zero_grad(set_to_none=False)
 
 
-def report(args: Args, run: Run, flops: float) -> None:
-    """Say what will run. Raises OSError: output_dir is read-only, or has too little room."""
-    training, terms = args.training, count_terms(args.soar)
+def count_flops(args: Args, velocity: Velocity, example: tuple, world_size: int) -> float:
+    """Operations of a step, over all ranks, from those of a forward of example."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        velocity(*example)
+    soar, training = args.soar, args.training
+    passes = 2 if training.lora_rank else 3  # frozen weights need no gradients of their own
+    rollout = 1 if soar.num_terms > 1 and soar.guidance_scale != 1 else 0
+    batches = training.gradient_accumulation_steps * world_size
+    return counter.get_total_flops() * (passes * soar.num_terms + rollout) * batches
+
+
+def report(args: Args, run: Run, flops: float, least_seconds: float) -> None:
+    """Say what will run. flops: of a step; least_seconds: it takes at the GPUs' peak speed, 0 if
+    that is not known. Raises OSError: output_dir cannot be written, or has too little room."""
+    training, folder, steps = args.training, args.output_dir, args.training.max_train_steps
+    length, captions = training.max_sequence_length, run.pairs.captions()
+    cut = count_cut(run.pipe, captions, length)
+    same = "; all captions are equal" if len(set(captions)) == 1 else ""
+    split = f"{training.gradient_accumulation_steps} x {training.train_batch_size}"
+    hours = least_seconds / 0.4 * (steps - run.step) / 3600
+    duration = f"; {hours:.1f} hours at 40 % of the GPUs' peak" if hours else ""
     size = sum(x.numel() for x in trained(run.transformer).values())
-    batch = args.global_batch(run.world_size)
-    factors = (run.world_size, training.gradient_accumulation_steps, training.train_batch_size)
-    shares = f"{factors[0]} processes x {factors[1]} x {factors[2]}"
-    rollout = " and 1 without" if terms > 1 and args.soar.guidance_scale != 1 else ""
-    needed = 12 * size  # bytes: a weight and AdamW's two moments, in float32
-    free = check_room(args.output_dir)
-    room = f"{needed / 1e9:.2f} GB a checkpoint; {free / 1e9:.2f} GB are free"
-    precision = {"bf16": "bfloat16", "no": "float32"}[training.mixed_precision]
-    start = args.transformer or args.pretrained_model_name_or_path
-    print(f"model        {start}")
-    print(f"trained      {size / 1e6:,.1f} M parameters; forwards in {precision}")
-    print(f"pairs        {run.pairs.report}")
-    print(f"global batch {batch} = {shares}")
-    steps = f"{training.max_train_steps}, {run.start} done"
-    print(f"steps        {steps}; an epoch is {len(run.pairs) // batch}")
-    cost = f"{flops / 1e12:.2f} TFLOP for the global batch"
-    print(f"a step       {terms} forwards with backwards{rollout} of each image; {cost}")
-    print(f"written to   {args.output_dir}, {room}", flush=True)
+    each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
+    kept = math.ceil(steps / args.run.checkpointing_steps)
+    kept = min(kept, (args.run.checkpoints_total_limit or kept) + 1)  # a new one comes first
+    needed = each * max(kept - len(checkpoints(folder)), 1)
+    free = free_bytes(folder) / 1e9
+    print(f"""model        {args.transformer or args.pretrained_model_name_or_path}
+trained      {size / 1e6:,.1f} M parameters
+pairs        {run.found}
+captions     {cut} of {len(captions)} are cut at {length} tokens{same}
+global batch {run.global_batch} = {run.world_size} processes x {split}
+steps        {steps}, {run.step} done; an epoch is {len(captions) // run.global_batch}{duration}
+a step       {args.soar.num_terms} terms of each image; {flops / 1e12:.2f} TFLOP in all
+written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB are free
+""", end="", flush=True)
     if free < needed:
-        fault = f"{free / 1e9:.2f} GB are free, fewer than a checkpoint takes"
-        raise OSError(f"--output_dir {args.output_dir}: {fault}")
+        raise OSError(
+            f"--output_dir {folder}: {needed:.2f} GB are needed, {free:.2f} are free: make room, or"
+            " give --checkpoints_total_limit"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Where folder is or will be. Raises OSError: nothing can be written there."""
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    tempfile.TemporaryFile(dir=place).close()
+    return shutil.disk_usage(place).free
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
+def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Batch]) -> None:
+    """Take the next step. Raises FloatingPointError: the loss or the gradient is not finite; no
+    weight was changed."""
+    start, step = time.perf_counter(), run.step + 1
+    training, soar, device, pipe = args.training, args.soar, run.device, run.pipe
+    sums = no_sums(device)
+    batches = list(islice(batches, training.gradient_accumulation_steps))
+    # Gradients are of a sum over the global batch, DDP takes means over ranks: so divide.
+    normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in batches)
+    dist.all_reduce(normalizer, group=run.hosts)
+    normalizer = normalizer.item() / run.world_size
+
+    for batch in batches:
+        pixels, noise = to_device(batch.pixels, device), to_device(batch.vae_noise, device)
+        z0 = encode_images(pipe, pixels, noise)
+        cond = encode_prompts(pipe, batch.captions, training.max_sequence_length)
+        draws = Draws(*(x if x is None else to_device(x, device) for x in batch.draws))
+        terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
+        backward(terms, soar.num_terms, run.ddp, sums, last=batch is batches[-1])
+
+    sums[METRICS.index("loss"), 1] = 1
+    dist.all_reduce(sums)
+    parameters = list(trained(run.transformer).values())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+    sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
+    if not sums.isfinite().all():  # the host waits here for the device, once a step
+        rows = step_rows(len(run.pairs), run.global_batch, training.seed, step)
+        sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), soar.shift)
+        raise FloatingPointError(
+            f"loss or gradient of step {step} is not finite; no weight was changed by it. Its rows"
+            f" of --dataset: {[run.pairs.rows[i] for i in rows]}; its sigma on rank {run.rank}:"
+            f" {sigma.min():.4f} to {sigma.max():.4f}"
+        )
+    run.optimizer.param_groups[0]["lr"] = training.learning_rate * run.lr_factor(step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
+    run.step, run.totals = step, run.totals + sums
+    run.seconds.append(time.perf_counter() - start)
+
+
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
-    to sums. last: no micro-batch of the step follows, so gradients are averaged over the ranks."""
+    to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
     # autocast keeps the bf16 copies of the weights until the outermost context ends: with this one
     # around velocity's own they are made once, and not for every term.
     with torch.autocast(sums.device.type, enabled=False):
@@ -1182,113 +951,39 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
             del term  # or what its graph still holds would be there during the next forward
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float, sums: Tensor) -> None:
-    """Clip by the norm over all gradients; add losses of all ranks, and the norm, to sums."""
-    dist.all_reduce(sums)
-    sums[4, 0] /= dist.get_world_size()  # DDP's normalizer is for a mean over ranks
-    sums[4, 1] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    sums[4, 2] = 1
-
-
-def check_finite(sums: Tensor, args: Args, pairs: Pairs, draws: Draws, step: int) -> None:
-    """Raises FloatingPointError: the loss or the gradient is not finite; names sigma and rows."""
-    if sums.isfinite().all():  # the host waits here for the device, once a step
-        return
-    sigma = sigma_from_t(draws.t, args.soar.shift)
-    rows = step_rows(len(pairs), len(sigma), args.training.seed, step)
-    fault = f"loss or gradient of step {step} is not finite; no weight was changed by it"
-    levels = f"Its sigma: {sigma.min():.4f} to {sigma.max():.4f}"
-    numbers = [pairs.numbers[i] for i in rows]
-    raise FloatingPointError(f"{fault}. {levels}; its rows of {args.dataset}: {numbers}")
-
-
-def validate(args: Args, run: Run, step: int, log: Log | None) -> None:
-    """An image per prompt, in batches that the ranks share out, as a grid in output_dir and in
-    TensorBoard: from noise that is a function of (seed, prompt), the same at each validation."""
-    size, pipe = args.training.train_batch_size, run.pipe
-    side = args.resolution // pipe.vae_scale_factor
-    shape = (run.transformer.config.in_channels, side, side)
-    bf16 = args.training.mixed_precision == "bf16"
-    images = torch.zeros(len(run.prompts), args.resolution, args.resolution, 3, dtype=torch.uint8)
-    run.transformer.eval()
-    for start in range(run.rank * size, len(run.prompts), run.world_size * size):
-        part = range(start, min(start + size, len(run.prompts)))
-        seeds = [seeded(args.training.seed, "validation", i) for i in part]
-        noise = [torch.randn(shape, generator=generator) for generator in seeds]
-        texts = [run.prompts[i]["prompt"] for i in part]
-        cond = encode_prompts(pipe, texts, args.training.max_sequence_length)
-        uncond = {key: x[: len(part)] for key, x in run.uncond.items()}
+def validate(args: Args, run: Run, texts: list[str]) -> None:
+    """An image per prompt, which the ranks share out, side by side in output_dir: from the noise
+    that sample.py draws for --seed, the same at each validation."""
+    training, soar, side = args.training, args.soar, args.data.resolution
+    images = torch.zeros(len(texts), side, side, 3, dtype=torch.uint8)
+    uncond = {key: x[:1] for key, x in run.uncond.items()}
+    for i in range(run.rank, len(texts), run.world_size):
+        generator = seeded(training.seed, texts[i], 0)
+        noise = torch.randn(1, *run.latent_shape, generator=generator)
+        cond = encode_prompts(run.pipe, [texts[i]], training.max_sequence_length)
         with (
-            torch.autocast(run.device.type, torch.bfloat16, enabled=bf16),
+            torch.autocast(run.device.type, torch.bfloat16, enabled=training.bf16),
             torch.compiler.set_stance("force_eager"),  # no graphs for shapes that come up here only
         ):
-            made = sample_images(
-                pipe, run.transformer, torch.stack(noise), cond, uncond,
-                args.soar.num_sampling_steps, args.soar.guidance_scale,
+            (image,) = sample_images(
+                run.pipe, run.transformer, noise, cond, uncond, soar.num_sampling_steps,
+                soar.guidance_scale,
             )  # fmt: skip
-        for i, image in zip(part, made):
-            images[i] = torch.from_numpy(np.array(image))
-    run.transformer.train()
+        images[i] = torch.from_numpy(np.array(image))
     dist.all_reduce(images, group=run.hosts)  # each is 0 on all ranks but the one that made it
-    if log is not None:
-        columns = max(c for c in range(1, 9) if len(images) % c == 0)
-        tiles = [Image.fromarray(x.numpy()) for x in images]
-        grid = make_image_grid(tiles, len(images) // columns, columns)
-        save_whole(grid, args.output_dir / f"validation-{step:06d}.png")
-        log.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
-
-
-class Meter:
-    """Speed, of all ranks together, since the last line of metrics, validation or checkpoint; this
-    rank's peak of memory since its start; mfu: the share of the GPUs' peak speed that is used."""
-
-    def __init__(self, args: Args, run: Run, flops: float):
-        self.images, self.flops = args.global_batch(run.world_size), flops
-        self.device, self.world_size = run.device, run.world_size
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        bf16 = args.training.mixed_precision == "bf16"
-        self.peaks = [x for gpu, x in PEAK_TFLOPS.items() if gpu in name and bf16]
-        self.restart(run.start)
-
-    def restart(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
-
-    def line(self, step: int) -> dict[str, float]:
-        rate = (step - self.step) / (time.perf_counter() - self.time)
-        tflops = self.flops * rate / 1e12
-        line = {"images_per_second": self.images * rate, "tflops_per_second": tflops}
-        line["peak_memory_gb"] = self.peak_memory() / 1e9
-        if self.peaks:
-            line["mfu"] = tflops / self.world_size / self.peaks[0]
-        return line
-
-    def peak_memory(self) -> int:
-        """Bytes: of the GPU, or of this process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def log_line(run: Run, step: int, lr: float, meter: Meter, log: Log | None, bar: tqdm) -> None:
-    """Write a line of metrics, and start the next sums."""
-    line = {"step": step} | means(run.totals.tolist()) | {"lr": lr} | meter.line(step)
-    run.totals.zero_()
-    if log is not None:
-        log.write(line)
-        shown = ("loss", "base", "aux", "grad_norm", "images_per_second")
-        bar.set_postfix({key: f"{line[key]:.3g}" for key in shown if key in line})
-
-
-def save(args: Args, run: Run, step: int) -> Path:
-    """Write a checkpoint, on rank 0, and delete those beyond the limit; other ranks wait."""
-    path = args.output_dir / f"checkpoint-{step:06d}"
     if run.rank == 0:
-        state = {"step": step, "settings": run.settings, "sums": run.totals.tolist()}
-        tensors = optimizer_tensors(run.optimizer, trained(run.transformer))
-        save_checkpoint(path, run.transformer, tensors, state)
-        delete_old(args.output_dir, args.rest.checkpoints_total_limit)
+        row = make_image_grid([Image.fromarray(x) for x in images.numpy()], 1, len(texts))
+        save_whole(row, args.output_dir / f"validation-{run.step:06d}.png")
+
+
+def save(args: Args, run: Run) -> None:
+    """Write a checkpoint, on rank 0, and delete those beyond the limit; other ranks wait."""
+    if run.rank == 0:
+        state = {"step": run.step, "settings": run.settings, "sums": run.totals.tolist()}
+        path = args.output_dir / f"checkpoint-{run.step:06d}"
+        save_checkpoint(path, run.transformer, run.optimizer, state)
+        delete_old(args.output_dir, args.run.checkpoints_total_limit)
     dist.barrier(run.hosts)
-    return path
 
 
 def any_signal(noted: list[int], hosts: dist.ProcessGroup) -> int:
@@ -1300,123 +995,87 @@ def any_signal(noted: list[int], hosts: dist.ProcessGroup) -> int:
 
 def train(args: Args, stack: contextlib.ExitStack) -> None:
     """A run from its checks to its last checkpoint, or to one that a signal asks for."""
-    training, rest = args.training, args.rest
+    training, rest, steps = args.training, args.run, args.training.max_train_steps
+    prompts = read_prompts(rest.validation_prompts) if rest.validation_prompts else []
+    texts = [row["prompt"] for row in prompts]
     run = set_up(args)
-    rank, world_size, device = run.rank, run.world_size, run.device
-    pipe, ddp, optimizer = run.pipe, run.ddp, run.optimizer
-    parameters = list(trained(run.transformer).values())
-    side = args.resolution // pipe.vae_scale_factor
-    channels = run.transformer.config.in_channels
-    latents_shape = (args.global_batch(world_size), channels, side, side)
-    num_terms = count_terms(args.soar)
-    lr_factor = make_lr_factor(training, optimizer)
-    velocity = make_velocity(ddp, device, training.mixed_precision == "bf16")
-    z = torch.zeros(training.train_batch_size, *latents_shape[1:], device=device)
-    flops = count_flops(args, run, velocity, z)
-    if rank == 0:
-        report(args, run, flops)
+    velocity = make_velocity(run.ddp, run.device, training.bf16)
+    z = torch.zeros(training.train_batch_size, *run.latent_shape, device=run.device)
+    example = (z, torch.ones(len(z), device=run.device), run.uncond)
+    warm_up(velocity, example, run.optimizer)
+    flops = count_flops(args, velocity, example, run.world_size)
+    least_seconds = flops / gpu_peak(run.device, training.bf16) / run.world_size
+    if run.rank == 0:
+        report(args, run, flops, least_seconds)
+    batches = read_batches(run.pairs, args, run.latent_shape, run.rank, run.global_batch, run.step)
     if rest.dry_run:
+        training_step(args, run, velocity, batches)
+        print(f"memory       {peak_memory(run.device):.2f} GB at its peak on rank {run.rank}")
         return
-    noted = stack.enter_context(signals_noted())
-    log, batches = start_writing(args, run, stack)
+    noted = note_signals()
+    log = start_writing(args, run, stack)
     if rest.compile:
         compile_blocks(run.transformer)
-    steps = training.max_train_steps
-    step, number = run.start, 0
-    path = args.output_dir / f"checkpoint-{step:06d}"
-    bar = tqdm(total=steps, initial=run.start, desc="steps", disable=rank > 0)
-    if run.prompts and run.start == 0:
-        validate(args, run, 0, log)
-    meter = Meter(args, run, flops)
+    if texts and run.step == 0:
+        validate(args, run, texts)
+    bar = tqdm(total=steps, initial=run.step, desc="steps", disable=run.rank > 0)
+    number = 0
 
-    for step in range(run.start + 1, steps + 1):
-        # ------------------------------------------------------------------------------------------
-        # One training step. Every rank draws for the whole global batch and takes its own samples,
-        # so the random numbers do not depend on the number of GPUs.
-        generator = seeded(training.seed, "step", step)
-        draws = draw(latents_shape, args.soar, generator)
-        vae_noise = torch.randn(latents_shape, generator=generator)
-        # Gradients are of a sum over the global batch, DDP takes means over ranks: so divide.
-        normalizer = loss_normalizer(draws.t, args.soar).item() / world_size
-        sums = torch.zeros(5, 4, dtype=torch.float64, device=device)
-
-        for micro in range(training.gradient_accumulation_steps):
-            part = batch_slice(micro, args, rank, world_size)
-            pixels, captions = next(batches)
-            z0 = encode_images(pipe, to_device(pixels, device), to_device(vae_noise[part], device))
-            cond = encode_prompts(pipe, captions, training.max_sequence_length)
-            terms = soar_terms(velocity, z0, take(draws, part, device), cond, run.uncond, args.soar,
-                               normalizer=normalizer)
-            last = micro == training.gradient_accumulation_steps - 1
-            backward(terms, num_terms, ddp, sums, last)
-
-        clip_gradients(parameters, training.max_grad_norm, sums)
-        check_finite(sums, args, run.pairs, draws, step)
-        lr = training.learning_rate * lr_factor(step - 1)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
-        # ------------------------------------------------------------------------------------------
-        run.totals += sums
+    while run.step < steps and not number:
+        training_step(args, run, velocity, batches)
         bar.update()
         number = any_signal(noted, run.hosts)
-        if step % rest.logging_steps == 0:
-            log_line(run, step, lr, meter, log, bar)
-            meter.restart(step)
-        if run.prompts and (step % rest.validation_steps == 0 or step == steps):
-            validate(args, run, step, log)
-            meter.restart(step)
-        if number or step % rest.checkpointing_steps == 0 or step == steps:
-            path = save(args, run, step)
-            meter.restart(step)
-        if number:
-            break
+        if log is not None and run.step % rest.logging_steps == 0:
+            line = metrics_line(run, least_seconds)
+            log.write(line)
+            bar.set_postfix(loss=line["loss"])
+        if texts and (run.step % rest.validation_steps == 0 or run.step == steps):
+            validate(args, run, texts)
+        if number or run.step % rest.checkpointing_steps == 0 or run.step == steps:
+            save(args, run)
 
     bar.close()
-    if rank == 0:
-        finish(args, step, path, number)
+    said = f"complete; to see it: python sample.py --transformer {args.output_dir} ..."
+    if number:
+        said = f"stopped by {signal.Signals(number).name}; the same command goes on"
+    if run.rank == 0:
+        print(f"{args.output_dir}: step {run.step} of {steps} is saved; {said}", flush=True)
 
 
-def start_writing(
-    args: Args, run: Run, stack: contextlib.ExitStack
-) -> tuple[Log | None, Iterator]:
-    """Take output_dir, on rank 0, and start reading images. Raises RuntimeError: another process
-    has output_dir; FileNotFoundError: this node does not see it."""
+def metrics_line(run: Run, least_seconds: float) -> dict[str, float]:
+    """The METRICS since the last line, the seconds of a step, and this rank's peak of memory since
+    its start; mfu: the share of the GPUs' peak speed that is used. Starts the next sums."""
+    seconds = statistics.mean(run.seconds)
+    line = {"step": run.step} | means(run.totals) | {
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "step_seconds": seconds,
+        "peak_memory_gb": peak_memory(run.device),
+    }
+    if least_seconds:
+        line["mfu"] = least_seconds / seconds
+    run.totals.zero_()
+    run.seconds.clear()
+    return line
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: of the GPU, or of this process, since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def start_writing(args: Args, run: Run, stack: contextlib.ExitStack) -> Log | None:
+    """Take output_dir, on rank 0. Raises RuntimeError: another process has it; FileNotFoundError:
+    this node does not see it."""
     log = None
     if run.rank == 0:
         stack.enter_context(locked(args.output_dir))
-        log = Log(args.output_dir, run.settings, run.start)
-        stack.callback(log.writer.close)
+        log = Log(args.output_dir, run.step)
+        stack.callback(log.close)
     dist.barrier(run.hosts)
-    if not (args.output_dir / "settings.json").is_file():
-        fault = f"--output_dir {args.output_dir} is not seen by rank {run.rank}"
-        raise FileNotFoundError(f"{fault}: give one that all nodes see")
-    loader = DataLoader(
-        run.pairs,
-        batch_sampler=batch_keys(len(run.pairs), args, run.rank, run.world_size, run.start),
-        num_workers=args.rest.dataloader_num_workers,
-        pin_memory=run.device.type == "cuda",
-        worker_init_fn=deaf_to_signals,
-    )
-    return log, iter(loader)
-
-
-def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW):
-    """What the learning rate is multiplied by, a function of the steps done: no state to save."""
-    scheduler = get_scheduler(
-        training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
-        num_training_steps=training.max_train_steps,
-    )  # fmt: skip
-    return scheduler.lr_lambdas[0]
-
-
-def finish(args: Args, step: int, path: Path, number: int) -> None:
-    """Say how the run ended. path: its last checkpoint; number: of the signal that stopped it."""
-    if step == args.training.max_train_steps:
-        link_final(path)
-    else:
-        name = signal.Signals(number).name
-        print(f"stopped by {name} after step {step}; the same command goes on from {path}")
+    wait_for(args.output_dir / "metrics.jsonl")
+    return log
 
 
 def main(args: Args) -> None:

@@ -22,18 +22,18 @@ from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
 ROOT = Path(__file__).parents[2]
 MODEL = {"pretrained_model_name_or_path": str(DATA / "model"), "max_sequence_length": MAX_SEQUENCE_LENGTH}
 MODEL |= {"mixed_precision": "no"}
-DATASET = {"dataset": str(PAIRS), "resolution": 64, "dataloader_num_workers": 0}
+DATASET = {"dataset": str(PAIRS), "resolution": 64}
 
 
 def words_of(flags: dict) -> list[str]:
-    """Flags as on a command line: True and False as --name and --no-name, several values after one --name, but for
-    --min, which is given again for each."""
+    """Flags as on a command line: True and False as --name and --no-name, several values after one --name, and the
+    items of a dict."""
     words = []
     for name, value in flags.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif name == "min":
-            words += [word for one in value for word in ("--min", one)]
+        elif isinstance(value, dict):
+            words += [f"--{name}", *(str(word) for item in value.items() for word in item)]
         else:
             values = value if isinstance(value, tuple | list) else [value]
             words += [f"--{name}", *map(str, values)]
