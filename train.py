@@ -897,9 +897,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Batch]) -> None:
-    """Take the next step. Raises FloatingPointError: the loss or the gradient is not finite; no
-    weight was changed."""
-    start, step = time.perf_counter(), run.step + 1
+    """Take the next step. Raises FloatingPointError, as update does."""
+    start = time.perf_counter()
     training, soar, device, pipe = args.training, args.soar, run.device, run.pipe
     sums = no_sums(device)
     batches = list(islice(batches, training.gradient_accumulation_steps))
@@ -918,12 +917,21 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
 
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
+    update(args, run, batches, sums)
+    run.step, run.totals = run.step + 1, run.totals + sums
+    run.seconds.append(time.perf_counter() - start)
+
+
+def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
+    """Clip the gradients and move the weights. Raises FloatingPointError: the loss or the gradient
+    is not finite; no weight was changed."""
+    training, step = args.training, run.step + 1
     parameters = list(trained(run.transformer).values())
     norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
     sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
     if not sums.isfinite().all():  # the host waits here for the device, once a step
         rows = step_rows(len(run.pairs), run.global_batch, training.seed, step)
-        sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), soar.shift)
+        sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), args.soar.shift)
         raise FloatingPointError(
             f"loss or gradient of step {step} is not finite; no weight was changed by it. Its rows"
             f" of --dataset: {[run.pairs.rows[i] for i in rows]}; its sigma on rank {run.rank}:"
@@ -932,8 +940,6 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
     run.optimizer.param_groups[0]["lr"] = training.learning_rate * run.lr_factor(step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
-    run.step, run.totals = step, run.totals + sums
-    run.seconds.append(time.perf_counter() - start)
 
 
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:

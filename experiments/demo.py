@@ -61,7 +61,7 @@ def run(script: str, **flags) -> None:
 def seconds_of_steps(run_dir: Path) -> float:
     """What the steps of a training run took, by its metrics, a line per step."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return sum(32 / json.loads(line)["images_per_second"] for line in lines)
+    return sum(json.loads(line)["step_seconds"] for line in lines)
 
 
 def main(args: Args) -> None:
@@ -72,11 +72,11 @@ def main(args: Args) -> None:
     (output / "prompts.jsonl").write_text("\n".join(chosen) + "\n")
 
     seconds = {}
-    for name, lambda_aux in {"sft": 0.0, "soar": 1.0}.items():
+    for name, lambda_aux in {"sft": 0.0, "soar": 6.0}.items():
         run(
-            "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux, resolution=64,
-            train_batch_size=16, max_train_steps=args.max_train_steps, learning_rate=args.learning_rate,
-            seed=args.seed, logging_steps=1, dataloader_num_workers=0, **MODEL,
+            "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux, num_aux_points=1,
+            resolution=64, train_batch_size=16, max_train_steps=args.max_train_steps,
+            learning_rate=args.learning_rate, seed=args.seed, logging_steps=1, **MODEL,
         )  # fmt: skip
         seconds[name] = seconds_of_steps(output / name)
 

@@ -4,6 +4,7 @@
     python -m experiments.step_cost --size sd3.5-medium --device cuda
     python -m experiments.step_cost options --size small               what was tried, one by one
     python -m experiments.step_cost growth --size small                by batch, N, resolution, processes: a figure
+    python -m experiments.step_cost host                               what the host does between two steps
     python -m experiments.step_cost fit                                computed, not measured: what fits into which GPU
 
 Weights are random, from the config: nothing is downloaded. A step is train.py's, by its own functions, from latents and
@@ -18,6 +19,7 @@ weights, gradients and moments take (16 bytes per parameter) and by how much the
 
 import ctypes
 import gc
+import io
 import json
 import math
 import os
@@ -25,6 +27,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -33,15 +36,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
+import datasets
 import diffusers
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +60,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 import train
 from sample import init_distributed, save_whole, seeded
 from soar import (
+    Draws,
     SoarConfig,
     Term,
     correction_target,
@@ -76,7 +85,7 @@ TOKENS = 154  # 77 of CLIP, 77 of T5
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["table", "options", "growth", "fit", "one"], tyro.conf.Positional] = "table"
+    what: Annotated[Literal["table", "options", "growth", "host", "fit", "one"], tyro.conf.Positional] = "table"
     """one: a single --way, as JSON; the others run it in processes of their own."""
     size: Literal["tiny", "small", "sd3.5-medium", "sd3.5-large"] = "small"
     """tiny: 2 blocks of width 64; small: 8 of width 384, 46 M parameters; the others as published."""
@@ -127,17 +136,19 @@ def config(size: str) -> dict:
 class Bench:
     """A model with random weights, an optimizer, and a batch of latents and embeddings; functions of args alone."""
 
-    def __init__(self, args: Args, device: torch.device, **ddp_options):
+    def __init__(self, args: Args, device: torch.device):
         self.args, self.device, self.config = args, device, SoarConfig(num_aux_points=args.num_aux_points)
         fixed, b = seeded("step_cost"), args.batch_size
         self.shape = (b, 16, *[args.side or SIDES[args.size]] * 2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.transformer = SD3Transformer2DModel(**config(args.size)).to(device).train()
-        self.ddp = make_ddp(self.transformer, **ddp_options)
+        self.ddp = make_ddp(self.transformer)
         self.velocity = train.make_velocity(self.ddp, device, args.bf16)
-        self.parameters = list(train.trained(self.transformer).values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)
+        training = SimpleNamespace(max_grad_norm=math.inf, learning_rate=0.0)
+        self.settings = SimpleNamespace(training=training)  # what train.update asks for
+        self.optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=0.0, fused=True)
+        self.step, self.lr_factor = 0, lambda step: 1.0
         like = {"generator": fixed, "dtype": torch.float32}
         shapes = {"encoder_hidden_states": (b, TOKENS, self.transformer.config.joint_attention_dim)}
         shapes |= {"pooled_projections": (b, self.transformer.config.pooled_projection_dim)}
@@ -150,20 +161,18 @@ class Bench:
     def draws(self, config: SoarConfig):
         """A step's draws on the device, and the normalizer of its loss."""
         draws = draw(self.shape, config, seeded("step_cost", "draws"))
-        return train.take(draws, slice(None), self.device), loss_normalizer(draws.t, config).item()
+        moved = Draws(*(x if x is None else x.to(self.device) for x in draws))
+        return moved, loss_normalizer(draws.t, config).item()
 
-    def step(self, gradients: Callable[["Bench", Tensor], None], checkpointing: bool = False) -> Tensor:
-        """One training step, with train.py's own clipping, check and update: sums (5, 4) as train.add_term has them."""
+    def take(self, gradients: Callable[["Bench", Tensor], None], checkpointing: bool = False) -> Tensor:
+        """One training step, with train.py's own clipping, check and update: the sums of train.METRICS."""
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
-        sums = torch.zeros(5, 4, dtype=torch.float64, device=self.device)
+        sums = train.no_sums(self.device)
         gradients(self, sums)
-        train.clip_gradients(self.parameters, math.inf, sums)
-        train.check_finite(sums, None, None, None, 1)  # the rest is for its message
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        train.update(self.settings, self, [], sums)
         return sums
 
 
@@ -172,7 +181,7 @@ def soar(bench: Bench, sums: Tensor, config: SoarConfig | None = None) -> None:
     config = config or bench.config
     draws, normalizer = bench.draws(config)
     terms = soar_terms(bench.velocity, bench.z0, draws, bench.cond, bench.uncond, config, normalizer=normalizer)
-    train.backward(terms, train.count_terms(config), bench.ddp, sums, last=True)
+    train.backward(terms, config.num_terms, bench.ddp, sums, last=True)
 
 
 def sft(bench: Bench, sums: Tensor) -> None:
@@ -219,7 +228,7 @@ WAYS = {  # name: gradients, with gradient checkpointing, compiled
 def take_step(bench: Bench, way: str) -> Tensor:
     gradients, checkpointing, compiled = WAYS[way]
     with torch.compiler.set_stance("default" if compiled else "force_eager"):
-        return bench.step(gradients, checkpointing)
+        return bench.take(gradients, checkpointing)
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -324,7 +333,7 @@ def one(args: Args, device: torch.device) -> dict:
     action = lambda: take_step(bench, args.way)  # noqa: E731
     first, sums = timed(bench, action)
     seconds = [timed(bench, action)[0] for _ in range(args.repeats)]
-    row = {"seconds": statistics.median(seconds), "first": first, "loss": sums[4, 0].item()}
+    row = {"seconds": statistics.median(seconds), "first": first, "loss": sums[train.METRICS.index("loss"), 0].item()}
     return row | {"memory": peak_memory(bench, action)}
 
 
@@ -388,7 +397,9 @@ def check_same(rows: dict[str, dict], bf16: bool) -> None:
     reference = torch.tensor(rows["SOAR"]["sums"])
     for way, row in rows.items():
         sums = torch.tensor(row["sums"])
-        rest = slice(0, 2) if way.startswith("SFT") else slice(0, 5)
+        rest = slice(0, len(sums))
+        if way.startswith("SFT"):
+            rest = slice(train.METRICS.index("base"), train.METRICS.index("aux"))
         torch.testing.assert_close(sums[rest], reference[rest], rtol=tolerance, atol=tolerance, msg=f"{way} differs")
 
 
@@ -404,7 +415,6 @@ def casting_each_time(bench: Bench, sums: Tensor) -> None:
 def options(args: Args, device: torch.device) -> dict:
     """What else could make a step cheaper, each against what train.py does, alternating."""
     plain, bf16 = Bench(args, device), Bench(replace(args, mixed_precision="bf16"), device)
-    copied = Bench(args, device, gradient_as_bucket_view=False)
     parameters = list(plain.transformer.parameters())
     adamw = {name: torch.optim.AdamW(parameters, lr=0.0, **{name: True}) for name in ("fused", "foreach")}
     adamw["neither"] = torch.optim.AdamW(parameters, lr=0.0, foreach=False)
@@ -421,11 +431,10 @@ def options(args: Args, device: torch.device) -> dict:
             return take_step(plain, "SOAR")
 
     tried = {f"AdamW {name}": updating(name) for name in adamw}
-    tried |= {"SOAR, gradients are views of the buckets": lambda: take_step(plain, "SOAR")}
-    tried |= {"SOAR, gradients are copied": lambda: take_step(copied, "SOAR")}
+    tried |= {"SOAR, attention fused": lambda: take_step(plain, "SOAR")}
     tried |= {"SOAR, attention by separate products": math_attention}
     tried |= {"SOAR in bf16, weights cast once a step": lambda: take_step(bf16, "SOAR")}
-    tried |= {"SOAR in bf16, weights cast in every forward": lambda: bf16.step(casting_each_time)}
+    tried |= {"SOAR in bf16, weights cast in every forward": lambda: bf16.take(casting_each_time)}
     seconds = {name: [] for name in tried}
     with torch.compiler.set_stance("force_eager"):
         for repeat in range(-1, args.repeats):
@@ -623,6 +632,62 @@ def fit(args: Args, device: torch.device) -> dict:
     return {"computed": "not measured", "batch_size": args.batch_size} | made
 
 
+def photographs(count: int, file: Path) -> None:
+    """A parquet file of images of one megapixel, as JPEGs of the size that photographs have, and captions."""
+    rng = np.random.default_rng(0)
+    rows = {"image": [], "text": []}
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).resize((1024, 1024))
+        grain = np.asarray(coarse) + rng.normal(0, 6, (1024, 1024, 3))
+        content = io.BytesIO()
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
+        rows["image"].append({"bytes": content.getvalue(), "path": f"{i}.jpg"})
+        rows["text"].append(f"picture {i}")
+    datasets.Dataset.from_dict(rows).to_parquet(file)
+
+
+def host(args: Args, device: torch.device) -> dict:
+    """Seconds that the host of one of 8 ranks takes between two steps for its images, by the global batch: if it draws
+    for the whole batch, as train.py did up to commit d3c4dc4; and to take what reader threads have ready, as now. Also
+    the readers' rate."""
+    made = {"ranks": 8, "reader_threads": train.DataConfig("").reader_threads, "images": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(32 if args.size == "tiny" else 512, Path(folder) / "photographs.parquet")
+        data = train.DataConfig(f"{folder}/photographs.parquet", resolution=64 if args.size == "tiny" else 512)
+        pairs = train.Pairs(data)
+        start = time.perf_counter()
+        pairs.check(dist.group.WORLD)
+        made["rows_checked_per_second"] = len(pairs) / (time.perf_counter() - start)
+        for images in (32,) if args.size == "tiny" else (32, 512):
+            made["images"][images] = row = host_seconds(args, pairs, images)
+            print(f"{images} images: {row['drawn']:.4f} s to draw for all, {row['taken']:.4f} s to take what is ready")
+    print(f"{made['rows_checked_per_second']:.0f} rows of one megapixel checked a second")
+    return made
+
+
+def host_seconds(args: Args, pairs: train.Pairs, images: int) -> dict[str, float]:
+    """host's seconds for a global batch, medians over --repeats."""
+    side, accumulated = SIDES["tiny" if args.size == "tiny" else "sd3.5-medium"], images // 32
+    shape = (16, side, side)
+    training = train.TrainingConfig(4, accumulated, max_train_steps=args.repeats)
+    settings = train.Args(pairs.data, Path("unused"), training=training)
+    batches = train.read_batches(pairs, settings, shape, rank=0, global_batch=images, start=0)
+    first = next(batches)  # starts the threads
+    drawn, taken = [], []
+    for step in range(args.repeats):
+        time.sleep(0.5 * accumulated)  # about a step of 8 H100 (computed)
+        start = time.perf_counter()
+        generator = seeded("step_cost", step)
+        draw((images, *shape), SoarConfig(), generator)
+        torch.randn((images, *shape), generator=generator)
+        drawn.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        ready = [first, *islice(batches, accumulated - 1)] if step == 0 else list(islice(batches, accumulated))
+        sum(loss_normalizer(batch.draws.t, SoarConfig()) for batch in ready).item()
+        taken.append(time.perf_counter() - start)
+    return {"drawn": statistics.median(drawn), "taken": statistics.median(taken)}
+
+
 def describe(device: torch.device) -> dict:
     """Where and when it was measured, or computed."""
     names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
@@ -638,11 +703,11 @@ def main(args: Args) -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rank, _, device = init_distributed()
-    made = {"table": table, "options": options, "growth": growth, "fit": fit, "one": one}[args.what](args, device)
+    made = {"table": table, "options": options, "growth": growth, "host": host, "fit": fit, "one": one}[args.what](args, device)
     if args.what == "one" and rank == 0:
         print(json.dumps(made), flush=True)
     elif args.what != "one":
-        name = "step_cost_fit" if args.what == "fit" else f"step_cost_{args.what}_{args.size}_{args.device}"
+        name = f"step_cost_{args.what}" if args.what in ("fit", "host") else f"step_cost_{args.what}_{args.size}_{args.device}"
         flags = {key: str(x) if isinstance(x, Path) else x for key, x in asdict(args).items()}
         text = json.dumps(describe(device) | {"args": flags, args.what: made}, indent=1)
         args.output_dir.mkdir(parents=True, exist_ok=True)

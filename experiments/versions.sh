@@ -53,7 +53,7 @@ train_and_sample() {
     row $status "train.py, three steps" requirements.txt
     # shellcheck disable=SC2086
     "$work/env/bin/python" sample.py $model --output_dir "$out/images" --height 64 --width 64 \
-        --transformer "$out/train/final" --prompt "a photo of a red circle" >"$work/log" 2>&1
+        --transformer "$out/train" --prompt "a photo of a red circle" >"$work/log" 2>&1
     status=$?
     find "$out/images" -path '*/samples/*.png' -size +0 2>/dev/null | wc -l >>"$work/log"
     row $status "sample.py, images" requirements.txt
