@@ -589,21 +589,21 @@ def check_folder(folder: Path, protocol: dict) -> None:
         raise ValueError(f"--output_dir: {folder} is in other use, it holds no protocol.json")
 
 
-def list_images(args: Args, rows: list[dict]) -> list[dict]:
-    """The lines of samples.jsonl. An image's noise is a function of its seed, prompt and
-    noise_index, which counts the images of the same prompt before it."""
-    images, counts = [], Counter()
+def list_images(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """The lines of samples.jsonl, count for each prompt. An image's noise is a function of its
+    seed, prompt and noise_index, which counts the images of the same prompt before it."""
+    images, drawn = [], Counter()
     for i, row in enumerate(rows):
-        for j in range(args.num_images_per_prompt):
+        for j in range(count):
             image = {
                 "file": f"{i:05d}/samples/{j:05d}.png",
                 "prompt": row["prompt"],
                 "prompt_index": i,
                 "image_index": j,
-                "seed": args.seed,
-                "noise_index": counts[row["prompt"]],
+                "seed": seed,
+                "noise_index": drawn[row["prompt"]],
             }
-            counts[row["prompt"]] += 1
+            drawn[row["prompt"]] += 1
             images.append(image)
     return images
 
@@ -679,7 +679,8 @@ def run_job(
     """This rank's share of a job. samples.jsonl is written last, when every image is there.
     Raises ValueError: this rank has other settings, prompts or weights than rank 0."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    images, count, size = list_images(args, rows), args.num_images_per_prompt, args.batch_size
+    count, size = args.num_images_per_prompt, args.batch_size
+    images = list_images(rows, count, args.seed)
     paths = [job.folder / image["file"] for image in images]
     if rank == 0:
         prepare(job, rows)

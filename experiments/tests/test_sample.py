@@ -608,9 +608,9 @@ def test_other_weights_in_the_same_path_are_refused_and_equal_ones_elsewhere_acc
     out = run(tmp_path / "out", transformer=(str(given),), **QUICK)
     before = contents(out)
     sizes = count_drawn(monkeypatch)
-    for copy in equal:
-        run(out, transformer=(str(copy),), **QUICK)
-        assert read(out)["from"]["transformer"].startswith(str(copy))
+    for place in equal:
+        run(out, transformer=(str(place),), **QUICK)
+        assert read(out)["from"]["transformer"].startswith(str(place))
     before.pop("protocol.json")
     assert sizes == [] and before.items() < contents(out).items()
     folders = {"run": tmp_path / "a" / paths["folder"], "folder": given, "LoRA": given.parent}
