@@ -80,12 +80,12 @@ def main(args: Args) -> None:
         )  # fmt: skip
         seconds[name] = seconds_of_steps(output / name)
 
-    transformers = ("base", str(output / "sft/final"), str(output / "soar/final"))
+    transformers = ("base", str(output / "sft"), str(output / "soar"))
     flags = {"prompts": output / "prompts.jsonl", "output_dir": output / "images", "transformer": transformers}
     flags |= {"height": 64, "width": 64, "num_images_per_prompt": 1, "batch_size": 20, "seed": args.seed}
     flags |= {"num_inference_steps": args.num_inference_steps} | MODEL
     run("sample.py", **flags)
-    jobs, _ = sample.plan(sample.Args(**flags))
+    jobs = sample.plan(sample.Args(**flags), [])
 
     scores = {}
     for name, job in zip(("base", "SFT", "SOAR"), jobs):

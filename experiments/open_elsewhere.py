@@ -36,6 +36,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
 from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS
+from sample import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PINS = (
@@ -119,7 +120,7 @@ def with_transformer(base: Path, transformer: Path, folder: Path) -> Path:
 
 
 def train(folder: Path, steps: int, *flags: str) -> Path:
-    """A run of train.py on the shapes world. Returns its final checkpoint; raises RuntimeError."""
+    """A run of train.py on the shapes world. Returns its last checkpoint; raises RuntimeError."""
     command = [sys.executable, "train.py", "--output_dir", folder, "--max_train_steps", steps]
     command += ["--pretrained_model_name_or_path", DATA / "model", "--dataset", PAIRS]
     command += ["--resolution", 64, "--max_sequence_length", MAX_SEQUENCE_LENGTH]
@@ -127,7 +128,7 @@ def train(folder: Path, steps: int, *flags: str) -> Path:
     done = run(command)
     if done.returncode:
         raise RuntimeError(f"train.py: {done.stderr[-2000:]}")
-    return folder / "final"
+    return checkpoints(folder)[-1]
 
 
 class Drawer:

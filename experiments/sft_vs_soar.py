@@ -55,6 +55,7 @@ from experiments.shapes import (
 from sample import (
     encode_images,
     encode_prompts,
+    list_images,
     load_pipeline,
     load_transformer,
     read_prompts,
@@ -310,12 +311,13 @@ def sample(
     world: World, transformer, numbers: list[int], images: int, seed: int, guidance_scale: float = GUIDANCE,
     batch: int = 16,
 ) -> list[list[Image.Image]]:  # fmt: skip
-    """Images of each prompt, from the noise that sample.py has for this seed, prompt number and image number."""
-    work, made = [(i, j) for i in numbers for j in range(images)], []
+    """Images of each prompt, from the noise that sample.py has for this seed and a file of these prompts."""
+    work, made = list_images([world.prompts[i] for i in numbers], images, seed), []
     for start in range(0, len(work), batch):
         part = work[start : start + batch]
-        z1 = torch.stack([torch.randn(world.mean.shape[1:], generator=seeded(seed, i, j)) for i, j in part])
-        cond, uncond = world.cond([world.prompts[i]["prompt"] for i, _ in part]), world.cond([""] * len(part))
+        draws = [seeded(x["seed"], x["prompt"], x["noise_index"]) for x in part]
+        z1 = torch.stack([torch.randn(world.mean.shape[1:], generator=generator) for generator in draws])
+        cond, uncond = world.cond([x["prompt"] for x in part]), world.cond([""] * len(part))
         made += sample_images(world.pipe, transformer, z1, cond, uncond, SAMPLING_STEPS, guidance_scale)
     return [made[k : k + images] for k in range(0, len(made), images)]
 
