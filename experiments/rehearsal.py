@@ -363,7 +363,7 @@ def train_words(args: Args, output_dir: Path) -> list:
         "--lora_rank", 16, "--mixed_precision", "bf16", "--gradient_checkpointing",
         "--resolution", args.resolution, "--train_batch_size", 1, "--num_aux_points", 1,
         "--max_train_steps", 2, "--checkpointing_steps", 1, "--logging_steps", 1,
-        "--learning_rate", 1e-2, "--dataloader_num_workers", 1,
+        "--learning_rate", 1e-2,
     ]  # fmt: skip
 
 

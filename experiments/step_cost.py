@@ -707,7 +707,9 @@ def main(args: Args) -> None:
     if args.what == "one" and rank == 0:
         print(json.dumps(made), flush=True)
     elif args.what != "one":
-        name = f"step_cost_{args.what}" if args.what in ("fit", "host") else f"step_cost_{args.what}_{args.size}_{args.device}"
+        name = f"step_cost_{args.what}"
+        if args.what not in ("fit", "host"):
+            name += f"_{args.size}_{args.device}"
         flags = {key: str(x) if isinstance(x, Path) else x for key, x in asdict(args).items()}
         text = json.dumps(describe(device) | {"args": flags, args.what: made}, indent=1)
         args.output_dir.mkdir(parents=True, exist_ok=True)

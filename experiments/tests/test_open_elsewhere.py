@@ -49,7 +49,11 @@ def final(tmp_path_factory) -> Path:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng(len(name)))
     path = tmp_path_factory.mktemp("run") / "checkpoint-000001"
     state = {"settings": {"lora_rank": 4}}
-    train.save_checkpoint(path, model, {"step": torch.zeros(1)}, state)
+    optimizer = torch.optim.AdamW(train.trained(model).values())
+    for parameter in train.trained(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    train.save_checkpoint(path, model, optimizer, state)
     return path
 
 

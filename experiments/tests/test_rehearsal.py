@@ -17,6 +17,7 @@ import sample
 import train
 from experiments import bf16_products, memory, rehearsal
 from experiments.tests.common import copy_pairs, train_args
+from soar import loss_normalizer
 
 WORLD = 8
 
@@ -126,12 +127,14 @@ class Rank:
     def __init__(self, rank: int, world: int, args: train.Args):
         self.rank, self.world = rank, world
         self.captions, self.t, self.gradients, self.sums = [], [], [], None
-        self.sent = {"backward": [], "clip_gradients": [], "any_signal": []}
+        self.sent = {"backward": [], "training_step": [], "any_signal": []}
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(dist, "new_group", lambda **_: None)
             monkeypatch.setattr(train, "init_distributed", self.init_distributed)
             monkeypatch.setattr(train, "make_ddp", partial(self.make_ddp, train.make_ddp))
-            for name in (*self.sent, "encode_prompts", "soar_terms"):
+            monkeypatch.setattr(train.Pairs, "check", self.check)
+            monkeypatch.setattr(train, "loss_normalizer", self.loss_normalizer)
+            for name in (*self.sent, "update", "encode_prompts", "soar_terms"):
                 note = partial(getattr(self, name), getattr(train, name))
                 monkeypatch.setattr(train, name, note)
             with pytest.raises(Stop), contextlib.ExitStack() as stack:
@@ -156,19 +159,32 @@ class Rank:
         ddp.register_comm_hook(None, send)
         return ddp
 
-    def noted(self, name: str, original, *args):
+    @staticmethod
+    def check(pairs: train.Pairs, hosts) -> str:
+        """Of all rows, as the fake group brings no other rank's share."""
+        pairs.digests = [pairs.inspect(row)[0] for row in pairs.rows]
+        return ""
+
+    def loss_normalizer(self, t: torch.Tensor, config) -> torch.Tensor:
+        """That of all ranks, as the fake group does not add them up."""
+        return self.world * loss_normalizer(t, config)
+
+    def noted(self, name: str, original, *args, **options):
         with Sent() as sent:
-            result = original(*args)
+            result = original(*args, **options)
         self.sent[name].append(sent.calls)
         return result
 
-    def backward(self, original, *args) -> None:
-        self.noted("backward", original, *args)
+    def backward(self, original, *args, **last) -> None:
+        self.noted("backward", original, *args, **last)
 
-    def clip_gradients(self, original, parameters, max_norm, sums) -> None:
-        self.gradients = [x.grad.clone() for x in parameters]
+    def training_step(self, original, *args) -> None:
+        self.noted("training_step", original, *args)
+
+    def update(self, original, args, run, batches, sums) -> None:
+        self.gradients = [x.grad.clone() for x in train.trained(run.transformer).values()]
         self.sums = sums.clone()
-        self.noted("clip_gradients", original, parameters, max_norm, sums)
+        original(args, run, batches, sums)
 
     def any_signal(self, original, *args) -> int:
         self.noted("any_signal", original, *args)
@@ -210,8 +226,9 @@ def test_gradients_of_eight_ranks_add_up_to_those_of_one_process(ranks):
         found = sum(seen.gradients[i] for seen in eight)  # DDP has divided each by 8
         # Two orders of a float32 sum over 16 samples and their tokens.
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
-    loss = sum(seen.sums[4, 0] for seen in eight) / WORLD
-    assert loss == pytest.approx(float(one.sums[4, 0]), rel=1e-5)
+    row = train.METRICS.index("loss")
+    loss = sum(seen.sums[row, 0] for seen in eight) / WORLD
+    assert loss == pytest.approx(float(one.sums[row, 0]), rel=1e-5)
 
 
 def test_each_gradient_is_sent_once_a_step(ranks):
@@ -222,7 +239,8 @@ def test_each_gradient_is_sent_once_a_step(ranks):
         size = sum(x.nbytes for x in seen.gradients)
         assert {name for name, _ in last} == {"allreduce_"}
         assert sum(sent for _, sent in last) == size
-        assert seen.sent["clip_gradients"] == [[("allreduce_", 5 * 4 * 8)]]
+        normalizer, sums = ("allreduce_", 4), ("allreduce_", len(train.METRICS) * 2 * 8)
+        assert seen.sent["training_step"] == [[normalizer, *last, sums]]
         assert seen.sent["any_signal"] == [[("allreduce_", 8)]]
 
 

@@ -291,9 +291,9 @@ def test_committed_training_set_is_complete_correct_and_varied():
 def test_datasets_and_train_py_read_the_training_set_in_its_order():
     loaded = datasets.load_dataset("parquet", data_files=str(DATA / "train.parquet"), split="train")
     assert loaded.features == PAIRS.features and loaded["text"] == PAIRS["text"]
-    pairs = train.Pairs(train_args(output_dir="unused"))
-    assert pairs.digest == "5979bc12c63cc3a8"  # of pixels and captions in their order, as of the folder of 2,000 PNGs
-    assert len(train.Pairs(train_args(output_dir="unused", min=("aesthetic=6.8",)))) == 66
+    pairs = train.Pairs(train_args(output_dir="unused").data)
+    assert pairs.captions() == PAIRS["text"][:]
+    assert len(train.Pairs(train_args(output_dir="unused", min={"aesthetic": 6.8}).data)) == 66
 
 
 def test_committed_files_are_at_most_ten_megabytes_and_hold_no_pickle():

@@ -59,19 +59,22 @@ def calls_of(function) -> list[str]:
 
 
 def test_a_step_is_what_train_py_does_from_its_gradients_on():
-    theirs = calls_of(train.train)
-    first, last = theirs.index("backward"), theirs.index("zero_grad")
-    step = [name for name in theirs[first : last + 1] if name != "lr_factor"]  # which is a multiplication
-    assert step == ["backward", "clip_gradients", "check_finite", "step", "zero_grad"]
-    ours = [name for name in calls_of(step_cost.soar) + calls_of(Bench.step) if name in step]
+    theirs = calls_of(train.training_step)
+    step = [name for name in theirs[theirs.index("soar_terms") :] if name in ("soar_terms", "backward", "update")]
+    assert step == ["soar_terms", "backward", "update"]
+    ours = [name for name in calls_of(step_cost.soar) + calls_of(Bench.take) if name in step]
     assert ours == step
 
 
 def test_ways_that_differ_are_refused():
-    sums = [[1.0] * 4] * 5
-    step_cost.check_same({"SFT": {"sums": sums[:2] + [[0.0] * 4] * 3}, "SOAR": {"sums": sums}}, bf16=False)
+    sums = torch.ones(len(train.METRICS), 2)
+    sft, other, aux = torch.zeros_like(sums), sums.clone(), train.METRICS.index("aux")
+    sft[train.METRICS.index("base") : aux] = 1
+    other[aux] = 1.001
+    step_cost.check_same({"SFT": {"sums": sft.tolist()}, "SOAR": {"sums": sums.tolist()}}, bf16=False)
     with pytest.raises(AssertionError, match="published differs"):
-        step_cost.check_same({"published": {"sums": sums[:4] + [[1.001] * 4]}, "SOAR": {"sums": sums}}, bf16=False)
+        rows = {"published": {"sums": other.tolist()}, "SOAR": {"sums": sums.tolist()}}
+        step_cost.check_same(rows, bf16=False)
 
 
 def test_published_schedule_holds_all_graphs_and_ours_one(device):
@@ -103,10 +106,10 @@ class Casts(TorchDispatchMode):
 def test_weights_are_cast_once_a_step_and_gradients_are_the_same_bit_by_bit(device, monkeypatch, checkpointing):
     bench, found, casts = Bench(Args(size="tiny", mixed_precision="bf16", num_aux_points=2), device), [], []
     gradients = lambda: [x.grad.clone() for x in bench.transformer.parameters()]  # noqa: E731
-    monkeypatch.setattr(step_cost.train, "clip_gradients", lambda *args: found.append(gradients()))
+    monkeypatch.setattr(step_cost.train, "update", lambda *args: found.append(gradients()))
     for way in (step_cost.soar, step_cost.casting_each_time):
         with Casts(bench.transformer.parameters()) as counted:
-            bench.step(way, checkpointing)
+            bench.take(way, checkpointing)
         bench.optimizer.zero_grad()
         casts.append(counted.count)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and any(x.any() for x in found[0])
@@ -158,7 +161,7 @@ def test_frozen_models_have_the_published_sizes_and_operations():
 
 def test_growth_options_and_one_run_and_write(tmp_path, alone):
     flags = {"size": "tiny", "repeats": 1, "output_dir": tmp_path, "num_aux_points": 1, "clock": "cpu"}
-    for what in ("growth", "options", "one"):
+    for what in ("growth", "options", "one", "host"):
         step_cost.main(Args(what=what, **flags))
     growth = json.loads((tmp_path / "step_cost_growth_tiny_cpu.json").read_text())["growth"]
     assert list(growth) == ["batch_size", "num_aux_points", "side", "processes"]
@@ -166,7 +169,10 @@ def test_growth_options_and_one_run_and_write(tmp_path, alone):
     tflop = [row["tflop"] for row in growth["batch_size"].values()]
     assert tflop[1] == pytest.approx(2 * tflop[0], rel=1e-3)
     assert matplotlib.image.imread(tmp_path / "step_cost.png").shape[1] > 1000
-    assert len(json.loads((tmp_path / "step_cost_options_tiny_cpu.json").read_text())["options"]) == 8
+    assert len(json.loads((tmp_path / "step_cost_options_tiny_cpu.json").read_text())["options"]) == 7
+    found = json.loads((tmp_path / "step_cost_host.json").read_text())["host"]
+    assert found["rows_checked_per_second"] > 1
+    assert 0 < found["images"]["32"]["taken"] and 0 < found["images"]["32"]["drawn"]
 
 
 @pytest.mark.parametrize("bad", [{"repeats": 0}, {"num_aux_points": -1}, {"device": "cuda", "clock": "cpu"}])

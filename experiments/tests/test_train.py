@@ -1039,13 +1039,22 @@ def test_signal_to_one_rank_stops_all_and_a_second_run_is_refused_meanwhile(tmp_
     assert "stopped" not in (tmp_path / "log.1").read_text()
 
 
-def test_run_is_one_process_and_its_lock_is_free_at_once_after_kill_9(tmp_path):
-    with long_run(tmp_path / "run", 1) as (rank,):
+def test_kill_9_costs_at_most_an_interval_and_the_run_is_one_process(tmp_path):
+    folder = tmp_path / "run"
+    with long_run(folder, 1, checkpointing_steps=1, checkpoints_total_limit=1) as (rank,):
         assert children(rank) == []
         rank.kill()
         rank.join()
-        with train.locked(tmp_path / "run"):
+        with train.locked(folder):  # is free at once
             pass
+    made = len(lines(folder))
+    (whole,) = train.checkpoints(folder)
+    assert int(whole.name[-6:]) >= made - 1
+    load_file(whole / WEIGHTS), load_file(whole / "optimizer.safetensors")
+    step = int(whole.name[-6:])
+    run(folder, max_train_steps=step + 1, train_batch_size=2)
+    assert [line["step"] for line in lines(folder)] == list(range(1, step + 2))
+    assert not list(folder.glob(".checkpoint*"))
 
 
 def test_rank_whose_peer_is_killed_ends(tmp_path):
