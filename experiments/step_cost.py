@@ -703,7 +703,8 @@ def main(args: Args) -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rank, _, device = init_distributed()
-    made = {"table": table, "options": options, "growth": growth, "host": host, "fit": fit, "one": one}[args.what](args, device)
+    measures = {"table": table, "options": options, "growth": growth, "host": host, "fit": fit, "one": one}
+    made = measures[args.what](args, device)
     if args.what == "one" and rank == 0:
         print(json.dumps(made), flush=True)
     elif args.what != "one":

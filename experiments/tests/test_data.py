@@ -1,729 +1,439 @@
-"""The data of train.py: what is read, in which order, what is checked, what is refused."""
+"""The data of train.py: what is read, in which order, what is checked, what is refused, what a step takes."""
 
 import io
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import numpy as np
-import psutil
 import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageCms, PngImagePlugin
+from pyarrow.parquet import write_table
 
 import train
 from experiments.tests.common import ROOT, fork, train_args
 
-WHITE, HALF = (255, 255, 255), (255, 127, 127)
+WHITE = (255, 255, 255)
+NAMES = [5, 2, 7, 0, 1, 6, 3, 4]  # of images by row: a table's order is its own
 
 
-def read(dataset: Path, **flags) -> train.Pairs:
-    """The pairs of a data set."""
-    return train.Pairs(train_args(dataset=dataset, output_dir=dataset.parent / "out", **flags))
+def read(dataset: Path | str, **flags) -> train.Pairs:
+    return train.Pairs(train_args(dataset=dataset, output_dir="out", **flags).data)
 
 
-def refused(dataset: Path, *words: str, **flags) -> None:
-    """Reading it raises ValueError, whose message has these words."""
+def check(pairs: train.Pairs) -> str:
+    train.init_distributed()
+    try:
+        return pairs.check(dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def checked(dataset: Path, **flags) -> train.Pairs:
+    pairs = read(dataset, **flags)
+    check(pairs)
+    return pairs
+
+
+def refused(dataset: Path, *words: str, **flags) -> str:
+    """Reading or checking it raises ValueError, whose message has these words."""
     with pytest.raises(ValueError) as caught:
-        read(dataset, **flags)
-    for word in words:
-        assert word in str(caught.value), (word, str(caught.value))
+        checked(dataset, **flags)
+    message = str(caught.value)
+    assert all(word in message for word in words), (words, message)
+    return message
 
 
 def noise_image(seed: int, size: tuple[int, int] = (40, 72)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-def write_images(folder: Path, count: int = 8, first: int = 0) -> list[Path]:
-    """Images of noise that are not square."""
+def write_rows(folder: Path, rows: list[dict]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i}.png" for i in range(first, first + count)]
-    for i, path in enumerate(paths, first):
-        noise_image(i).save(path)
-    return paths
-
-
-def write_pairs(folder: Path, count: int = 8, first: int = 0) -> Path:
-    """Such images with a metadata.jsonl."""
-    rows = []
-    for i, path in enumerate(write_images(folder, count, first), first):
-        rows.append({"file_name": path.name, "text": f"picture {i}", "score": i / 2})
-    write_lines(folder / "metadata.jsonl", rows)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_list(folder: Path, kind: str) -> Path:
-    """The pairs of a folder as a list of paths."""
-    rows = [{"image": f"{i}.png", "text": f"picture {i}"} for i in range(8)]
-    if kind == "jsonl":
-        return write_lines(folder / "rows.jsonl", rows)
-    if kind == "json":
-        (folder / "rows.json").write_text(json.dumps(rows))
-        return folder / "rows.json"
-    lines = ["image,text", *(f"{row['image']},{row['text']}" for row in rows)]
-    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
-    return folder / "rows.csv"
-
-
-def captions(pairs: train.Pairs) -> list[str]:
-    return [pairs[i, 1, 0][1] for i in range(len(pairs))]
-
-
-# --- Kinds of data ---
+def write_pairs(folder: Path, names: list[int] = NAMES) -> Path:
+    """Images of noise that are not square, and their table."""
+    write_rows(folder, [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in names])
+    for i in names:
+        noise_image(i).save(folder / f"{i}.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def reference(tmp_path_factory) -> train.Pairs:
     """Eight pairs that no test changes."""
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+    return checked(write_pairs(tmp_path_factory.mktemp("data") / "pairs"))
 
 
-@pytest.fixture(scope="module")
-def reference(folder) -> train.Pairs:
-    return read(folder)
+# --- What is read ---
 
 
-def same_pairs(pairs: train.Pairs, reference: train.Pairs) -> None:
-    assert len(pairs) == 8 and pairs.digest == reference.digest
-    for i in range(8):
-        (image, text), (expected, _) = pairs[i, 1, 0], reference[i, 1, 0]
-        assert torch.equal(image, expected) and text == f"picture {i}"
-
-
-def test_folder_gives_its_pairs_in_order(folder, reference):
-    assert captions(reference) == [f"picture {i}" for i in range(8)]
-    box = (0, 16, 40, 56)  # the middle
-    middle = Image.open(folder / "0.png").resize((64, 64), Image.Resampling.LANCZOS, box)
+def test_folder_gives_its_pairs_in_the_order_of_its_table(reference):
+    assert reference.captions() == [f"picture {i}" for i in NAMES] and len(reference) == 8
+    pixels, caption = reference.read(1)
+    middle = noise_image(2).resize((64, 64), Image.Resampling.LANCZOS, box=(0, 16, 40, 56))
     expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
-    assert (reference[0, 1, 0][0] - expected).abs().max() < 1e-5
-    assert "8 of 8" in reference.report and "8 are smaller than 64 pixels" in reference.report
+    assert (pixels - expected).abs().max() < 1e-5 and caption == "picture 2"
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
-def test_lists_of_paths_give_the_pairs_of_the_folder(tmp_path, reference, kind):
-    folder = write_pairs(tmp_path / "pairs")
-    same_pairs(read(write_list(folder, kind)), reference)
+KINDS = ["binary", "large_binary", "bytes", "bytes and path", "name", "path", "embedded", "folder", "metadata"]
 
 
-def test_tar_gives_the_pairs_of_the_folder(tmp_path, folder, reference):
-    with tarfile.open(tmp_path / "rows.tar", "w") as tar:
-        for i in range(8):
-            (tmp_path / f"{i}.txt").write_text(f"picture {i}")
-            tar.add(folder / f"{i}.png", f"{i}.png")
-            tar.add(tmp_path / f"{i}.txt", f"{i}.txt")
-    pairs = read(tmp_path / "rows.tar", image_column="png", caption_column="txt")
-    same_pairs(pairs, reference)
-
-
-@pytest.mark.parametrize("kind", ["Image", "binary", "large_binary", "bytes", "bytes and path"])
-def test_parquet_of_any_writer_gives_the_pairs_of_the_folder(tmp_path, folder, reference, kind):
-    content = [(folder / f"{i}.png").read_bytes() for i in range(8)]
-    text = [f"picture {i}" for i in range(8)]
-    if kind == "Image":
-        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-        rows = {"image": [{"bytes": x, "path": None} for x in content], "text": text}
-        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_table_gives_the_same_pairs(tmp_path, reference, kind):
+    dataset = place = write_pairs(tmp_path / "a [b] *" / "{c}?")  # characters of patterns
+    paths, text = [place / f"{i}.png" for i in NAMES], [f"picture {i}" for i in NAMES]
+    content = [path.read_bytes() for path in paths]
+    if kind == "metadata":
+        write_rows(place, [{"file_name": str(path), "text": y} for path, y in zip(paths, text)])
+    elif kind == "folder":
+        (place / "metadata.jsonl").unlink()
+        for name, rows in ("a[1]", slice(0, 3)), ("test-0", slice(3, 4)), ("train-0", slice(4, 8)):
+            table = pyarrow.table({"image": content[rows], "text": text[rows]})
+            write_table(table, place / f"{name}.parquet")
     else:
         images = {
-            "binary": pyarrow.array(content, pyarrow.binary()),
+            "binary": pyarrow.array(content),
             "large_binary": pyarrow.array(content, pyarrow.large_binary()),
-            "bytes": pyarrow.array([{"bytes": x} for x in content]),
-            "bytes and path": pyarrow.array([{"bytes": x, "path": "x.png"} for x in content]),
+            "bytes": [{"bytes": x} for x in content],
+            "bytes and path": [{"bytes": x, "path": "nowhere.png"} for x in content],
+            "name": [path.name for path in paths],
+            "path": list(map(str, paths)),
+            "embedded": list(map(str, paths)),
         }
-        table = pyarrow.table({"image": images[kind], "text": text})
-        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    same_pairs(read(tmp_path / "rows.parquet"), reference)
+        table = datasets.Dataset(pyarrow.table({"image": images[kind], "text": text}))
+        if kind == "embedded":
+            table = table.cast_column("image", datasets.Image()).with_format("arrow")
+            table = table.map(datasets.table.embed_table_storage, batched=True)
+            (place / "0.png").unlink()
+        dataset = place / "rows.parquet"
+        table.to_parquet(dataset)
+    pairs = checked(dataset)
+    assert pairs.digests == reference.digests and pairs.captions() == reference.captions()
+    assert torch.equal(pairs.read(3)[0], reference.read(3)[0])
 
 
-def test_sidecars_give_the_pairs_of_the_folder(tmp_path, folder, reference):
-    for i in range(8):
-        shutil.copytree(folder, tmp_path / "x", dirs_exist_ok=True)
-        (tmp_path / f"x/{i}.txt").write_text(f"picture {i}\n")
-    (tmp_path / "x/metadata.jsonl").unlink()
-    same_pairs(read(tmp_path / "x"), reference)
-    (tmp_path / "x/3.txt").unlink()
-    refused(tmp_path / "x", "1 of 8 rows", "row 3 (3.png)", "text")
-    assert len(read(tmp_path / "x", on_bad_row="skip")) == 7
-    rows = [{"file_name": "0.png", "text": "listed"}]
-    write_lines(tmp_path / "x/metadata.jsonl", rows)  # wins over the sidecars
-    pairs = read(tmp_path / "x")
-    assert captions(pairs) == ["listed"] and "7 images without a row" in pairs.report
+def test_name_that_is_no_local_path_is_a_hub_id(reference, monkeypatch):
+    table, asked = reference.table, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *x, **y: asked.append((x, y)) or table)
+    assert read("me/pictures").captions() == [f"picture {i}" for i in NAMES]
+    assert asked == [(("me/pictures",), {"split": "train"})]
 
 
-def test_sidecar_that_is_no_text_is_refused_by_name(tmp_path):
-    write_images(tmp_path / "x", count=2)
-    (tmp_path / "x/0.png").rename(tmp_path / "x/0.PNG")
-    (tmp_path / "x/0.txt").write_bytes(b"\xef\xbb\xbfpicture 0")  # with a byte order mark
-    (tmp_path / "x/1.txt").write_bytes(b"\xff\xfe\0")
-    refused(tmp_path / "x", "1.txt")
-    (tmp_path / "x/1.txt").write_text("")
-    assert captions(read(tmp_path / "x", on_bad_row="skip")) == ["picture 0"]
+@pytest.mark.parametrize("name", ["x/0.txt", "csv", "json", "jsonl", "tar", "arrow", "x/train/metadata.jsonl", "x/.a"])
+def test_what_is_no_table_is_refused_with_what_is_read(tmp_path, name):
+    file = tmp_path / (name if "/" in name else f"rows.{name}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("a")
+    dataset = tmp_path / "x" if "/" in name else file
+    refused(dataset, str(dataset), "metadata.jsonl", ".parquet", "hub id", "README, Data")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_metadata_file_of_any_kind_may_lie_above_its_images(tmp_path, kind):
-    write_images(tmp_path / "x/a", count=2)
-    write_images(tmp_path / "x/train", count=1, first=2)
-    names, file = ["train/2.png", "a/0.png", "a/1.png"], tmp_path / f"x/metadata.{kind}"
-    rows = [{"file_name": name, "text": f"of {name}"} for name in names]
-    if kind == "jsonl":
-        write_lines(file, rows)
-    elif kind == "csv":
-        lines = [f"{row['file_name']},{row['text']}" for row in rows]
-        file.write_text("\n".join(["file_name,text", *lines]) + "\n")
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    assert captions(read(tmp_path / "x")) == ["of a/0.png", "of a/1.png", "of train/2.png"]
-    rows[1]["file_name"] = "../elsewhere.png"
-    noise_image(0).save(tmp_path / "elsewhere.png")
-    if kind == "jsonl":
-        write_lines(file, rows)
-        refused(tmp_path / "x", "1 of 3 rows", "elsewhere.png, outside")
-
-
-def test_name_that_is_no_local_path_is_a_hub_id(folder, monkeypatch):
-    asked = []
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    rows = {"image": [{"bytes": (folder / "0.png").read_bytes(), "path": None}], "text": ["hi"]}
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_dict(rows, features)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    words = {"dataset": "me/pictures", "output_dir": "out", "dataset_split": "validation"}
-    assert captions(train.Pairs(train_args(**words))) == ["hi"]
-    assert asked == [("me/pictures", "validation")]
-    paths = datasets.Dataset.from_dict({"image": [str(folder / "0.png")], "text": ["hi"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: paths)
-    with pytest.raises(ValueError, match="no images"):  # a stranger's paths are not followed
-        train.Pairs(train_args(**words))
-
-
-def test_images_without_captions_are_refused(tmp_path):
-    write_images(tmp_path / "x")
-    refused(tmp_path / "x", "no captions", "metadata.jsonl", "NAME.txt")
-
-
-def test_paths_may_hold_the_characters_of_patterns(tmp_path, reference):
-    folder = write_pairs(tmp_path / "a [b] *" / "{c}?")
-    same_pairs(read(folder), reference)
-    same_pairs(read(write_list(folder, "csv")), reference)
-    table = pyarrow.table({"image": [(folder / "0.png").read_bytes()], "text": ["picture 0"]})
-    pyarrow.parquet.write_table(table, folder / "rows.parquet")
-    assert captions(read(folder / "rows.parquet")) == ["picture 0"]
-
-
-def test_what_holds_no_rows_is_refused_by_name(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("")
-    refused(tmp_path / "rows.jsonl", "rows.jsonl", "no rows")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty", "holds none of", "metadata.jsonl")
-    (tmp_path / "rows.txt").write_text("x")
-    refused(tmp_path / "rows.txt", "rows.txt", ".jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "text": "a"}\n{"image": \n')
-    refused(tmp_path / "bad.jsonl", "bad.jsonl", "line 2")
+def test_tables_and_columns_that_do_not_fit_are_refused_by_name(tmp_path, reference):
+    folder = write_rows(tmp_path / "x", [{"file_name": "0.png", "text": "a"}])
+    for line, word in ("{", "row 1"), ('{"file_name": "0.png", "text": {"a": 1}}', ""):
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line)
+        refused(folder, str(folder), word)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read(tmp_path / "nowhere")
+    refused(reference.folder, "caption", "'text'", caption_column="caption")
+    refused(reference.folder, "size", "'text'", min={"size": 3})
+    refused(reference.folder, "--min text", "no numbers", min={"text": 3})
+    refused(reference.folder, "--image_column", "--caption_column", caption_column="image")
+    write_table(pyarrow.table({"image": [3], "text": ["a"]}), tmp_path / "x.parquet")
+    refused(tmp_path / "x.parquet", "--image_column", "int64")
+    refused(tmp_path / "x.parquet", "png", "'image'", image_column="png")
 
 
-# --- Order and splits ---
-
-ORDER = """
-import sys, train
-from experiments.tests.common import train_args
-pairs = train.Pairs(train_args(dataset=sys.argv[1], output_dir="out"))
-print(pairs.digest, [pairs[i, 1, 0][1] for i in range(len(pairs))])
-"""
-
-
-def test_order_of_several_metadata_files_does_not_depend_on_the_hash_seed(tmp_path):
-    for k, name in enumerate(("cars", "boats", "apples", "dogs")):
-        write_pairs(tmp_path / "data" / name, count=3, first=3 * k)
-    expected = [6, 7, 8, 3, 4, 5, 0, 1, 2, 10, 11, 9]  # by path, as text
-    pairs = read(tmp_path / "data")
-    assert captions(pairs) == [f"picture {i}" for i in expected]
-    command = [sys.executable, "-c", ORDER, str(tmp_path / "data")]
-    env = os.environ | {"PYTHONHASHSEED": "7", "HF_HOME": str(tmp_path / "home")}
-    env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == f"{pairs.digest} {captions(pairs)}", done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("layout", ["metadata", "sidecars"])
-@pytest.mark.parametrize("names", [("bus", "train"), ("bus", "test"), ("a toy train", "dogs")])
-def test_class_folders_are_read_whole_whatever_their_names(tmp_path, names, layout):
-    for k, name in enumerate(names):
-        folder = write_pairs(tmp_path / "data" / name, count=3, first=3 * k)
-        if layout == "sidecars":
-            (folder / "metadata.jsonl").unlink()
-            for i in range(3 * k, 3 * k + 3):
-                (folder / f"{i}.txt").write_text(f"picture {i}")
-    pairs = read(tmp_path / "data")
-    assert sorted(captions(pairs)) == [f"picture {i}" for i in range(6)]
-    assert "left out: " not in pairs.report.replace("left out by", "")
-
-
-def test_tars_of_a_folder_are_read_whole_whatever_their_names(tmp_path, folder):
-    (tmp_path / "data").mkdir()
-    for i, name in enumerate(("part-0", "train-extra", "test")):
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
-        with tarfile.open(tmp_path / "data" / f"{name}.tar", "w") as tar:
-            tar.add(folder / f"{i}.png", f"{i}.png")
-            tar.add(tmp_path / f"{i}.txt", f"{i}.txt")
-    pairs = read(tmp_path / "data", image_column="png", caption_column="txt")
-    assert captions(pairs) == ["picture 0", "picture 2", "picture 1"]  # by name
-    (tmp_path / "data/x.parquet").touch()
-    refused(tmp_path / "data", "several kinds", ".parquet, .tar")
-
-
-@pytest.mark.parametrize("names", [("part-0", "train-extra"), ("test", "dev"), ("eval", "b")])
-def test_tables_of_a_folder_are_read_whole_whatever_their_names(tmp_path, folder, names):
-    (tmp_path / "data").mkdir()
-    for i, name in enumerate(names):
-        rows = {"image": [(folder / f"{i}.png").read_bytes()], "text": [f"picture {i}"]}
-        path = tmp_path / "data" / f"{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(rows), path)
-    assert sorted(captions(read(tmp_path / "data"))) == ["picture 0", "picture 1"]
-
-
-def test_split_folders_are_chosen_and_what_is_left_out_is_named(tmp_path):
-    write_pairs(tmp_path / "data/train", count=4)
-    write_pairs(tmp_path / "data/validation", count=2, first=4)
-    pairs = read(tmp_path / "data")
-    assert captions(pairs) == [f"picture {i}" for i in range(4)]
-    assert "3 files of the split validation" in pairs.report
-    other = read(tmp_path / "data", dataset_split="validation")
-    assert captions(other) == ["picture 4", "picture 5"]
-    refused(tmp_path / "data", "dev", "train, validation", dataset_split="dev")
-    refused(tmp_path / "data/train", "dataset_split", "validation", dataset_split="validation")
-    listed = write_lines(tmp_path / "rows.jsonl", [{"image": "data/train/0.png", "text": "a"}])
-    refused(listed, "dataset_split", "validation", dataset_split="validation")
-
-
-def test_shards_named_by_their_split_are_chosen(tmp_path, folder):
-    (tmp_path / "data/data").mkdir(parents=True)
-    names = ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
-    for i, name in enumerate(names):
-        rows = {"image": [(folder / f"{i}.png").read_bytes()], "text": [f"picture {i}"]}
-        path = tmp_path / "data/data" / f"{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(rows), path)
-    pairs = read(tmp_path / "data")
-    assert captions(pairs) == ["picture 0", "picture 1"]
-    assert "1 files of the split test" in pairs.report
-
-
-def test_hidden_images_and_images_without_a_row_are_counted(tmp_path):
-    folder = write_pairs(tmp_path / "pairs", count=3)
-    write_images(folder / ".trash", count=2, first=10)
-    write_images(folder, count=1, first=20)
-    (folder / "linked").symlink_to(write_images(tmp_path / "elsewhere", count=1)[0].parent)
-    report = read(folder).report
-    assert "3 hidden images or linked folders" in report and ".trash/10.png" in report
-    assert "1 images without a row" in report and "20.png" in report
-
-
-def test_output_dir_inside_the_data_is_no_data(tmp_path):
-    write_images(tmp_path / "x", count=3)
-    for i in range(3):
-        (tmp_path / f"x/{i}.txt").write_text(f"picture {i}")
-    args = train_args(dataset=tmp_path / "x", output_dir=tmp_path / "x/runs/out")
-    before = train.Pairs(args)
-    write_images(tmp_path / "x/runs/out", count=1)  # a validation image
-    after = train.Pairs(args)
-    assert len(after) == 3 and after.digest == before.digest and "without" not in after.report
+def test_rows_are_kept_by_numbers_of_any_type(tmp_path, reference):
+    numbers = [None, 0, 1, 3, 3, 4, 5, 250]
+    columns = {"image": [(reference.folder / "0.png").read_bytes()] * 8, "text": list("abcdefgh")}
+    columns |= {str(kind): pyarrow.array(numbers, kind) for kind in (pyarrow.uint8(), pyarrow.float64())}
+    columns |= {"decimal": [None, *map(Decimal, numbers[1:])], "other": [4.0] * 7 + [None]}
+    write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    for kind in ("uint8", "double", "decimal"):
+        assert checked(tmp_path / "x.parquet", min={kind: 3}).rows == [3, 4, 5, 6, 7]
+        assert read(tmp_path / "x.parquet", min={kind: 3.5, "other": 4}).captions() == ["f", "g"]
 
 
 # --- Rows that cannot be used ---
 
 
-def damage(folder: Path, i: int, fault: str) -> None:
-    path = folder / f"{i}.png"
-    data = path.read_bytes()
-    path.unlink()
-    if fault == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif fault == "zero bytes":
-        path.write_bytes(b"")
-    elif fault == "directory":
-        path.mkdir()
-    elif fault == "bomb":
-        Image.new("1", (14000, 7000)).save(path)
-    elif fault == "outside":
-        (folder.parent / "elsewhere.png").write_bytes(data)
-        path.symlink_to(folder.parent / "elsewhere.png")
-    elif fault == "32 bits":
-        Image.fromarray(np.zeros((8, 8), np.int32)).save(path, format="TIFF")
-    elif fault == "profile":
-        noise_image(0).save(path, icc_profile=b"no profile")
+FAULTS = [
+    (Path.unlink, "FileNotFoundError"),
+    (lambda path: os.truncate(path, 4000), "truncated"),
+    (lambda path: path.write_text("no image"), "UnidentifiedImageError"),
+    (lambda path: Image.new("I;16", (8, 8)).save(path), "8 bits"),
+    (lambda path: Image.new("I", (8, 8)).save(path, format="TIFF"), "8 bits"),
+    (lambda path: Image.new("F", (8, 8)).save(path, format="TIFF"), "8 bits"),
+    (lambda path: noise_image(0).save(path, icc_profile=b"no profile"), "profile"),
+]
 
 
-FAULTS = {
-    "truncated": "row 2 (2.png)",
-    "zero bytes": "UnidentifiedImageError",
-    "directory": "IsADirectoryError",
-    "bomb": "DecompressionBombWarning",
-    "outside": "elsewhere.png, outside",
-    "32 bits": "32 bits",
-    "missing": "FileNotFoundError",
-    "profile": "ICC colour profile",
-}
+def test_rows_that_cannot_be_used_are_listed_and_left_out_when_told_so(tmp_path):
+    folder, good = write_pairs(tmp_path / "x"), {"file_name": "7.png", "text": "a"}
+    bad = [({"text": text}, "(7.png)", f"{text!r}, expected a text") for text in (None, "", " \t", 3)]
+    bad += [({"file_name": name}, f"({name})", "no image") for name in (None, "")]
+    for i, (damage, word) in enumerate(FAULTS):
+        damage(folder / f"{i}.png")
+        bad.append(({"file_name": f"{i}.png"}, f"({i}.png)", word))
+    write_rows(folder, [good, *(good | cells for cells, _, _ in bad), good])
+    lines = refused(folder, "13 unusable", "--on_bad_row skip").splitlines()[1:14]
+    for row, (line, (_, name, word)) in enumerate(zip(lines, bad), 1):
+        assert line.startswith(f"  row {row} {name}") and word in line, (word, line)
+    pairs = read(folder, on_bad_row="skip")
+    assert "\n  row 13 (6.png)" in check(pairs) and pairs.rows == [0, 14] and pairs.read(1)[1] == "a"
+    write_rows(folder, 30 * [good | {"text": ""}])
+    assert refused(folder, "30 unusable").count("\n  row ") == 20
 
 
-@pytest.mark.parametrize("layout", ["folder", "jsonl", "csv"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_image_that_cannot_be_used_is_listed_and_left_out_when_told_so(tmp_path, fault, layout):
-    folder = write_pairs(tmp_path / "pairs")
-    dataset = folder if layout == "folder" else write_list(folder, layout)
-    damage(folder, 2, fault)
-    refused(dataset, "1 of 8 rows", "row 2 (2.png)", FAULTS[fault], "--on_bad_row skip")
-    pairs = read(dataset, on_bad_row="skip")
-    assert pairs.numbers == [0, 1, 3, 4, 5, 6, 7] and "row 2 (2.png)" in pairs.report
-    assert captions(pairs)[2] == "picture 3"
-
-
-@pytest.mark.parametrize(
-    "caption, word", [(None, "None"), ("", "''"), (" \t", "\\t"), ("long " * 20000, "100000")]
-)
-def test_caption_that_cannot_be_used_is_listed_with_its_row(tmp_path, caption, word):
-    folder = write_pairs(tmp_path / "pairs")
-    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(8)]
-    rows[2]["text"] = caption
-    write_lines(folder / "metadata.jsonl", rows)
-    refused(folder, "1 of 8 rows", "row 2 (2.png)", word)
-    assert len(read(folder, on_bad_row="skip")) == 7
-
-
-def test_captions_that_are_numbers_are_listed_up_to_twenty(tmp_path):
-    folder = write_pairs(tmp_path / "pairs", 30)
-    with pytest.raises(ValueError, match="30 of 30 rows") as caught:
-        read(folder, caption_column="score")
-    assert str(caught.value).count("\n  row ") == 20 and "9.5" in str(caught.value)
-
-
-def test_columns_that_do_not_fit_are_refused_by_name(folder, tmp_path):
-    refused(folder, "--caption_column caption", "'text'", caption_column="caption")
-    refused(folder, "--image_column score", "no images", image_column="score")
-    refused(folder, "--min size", "'text'", min=("size=3",))
-    refused(folder, "--min text", "no numbers", min=("text=3",))
-    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": 3}]
-    mixed = write_pairs(tmp_path / "mixed", 2)
-    write_lines(mixed / "metadata.jsonl", rows)
-    refused(mixed, "metadata.jsonl", "text")
-    (mixed / "rows.csv").write_text("image,text\n0.png,a,b\n")
-    refused(mixed / "rows.csv", "rows.csv", "row 1")
+def test_repeated_rows_and_small_images_are_counted(tmp_path):
+    folder = write_pairs(tmp_path / "x", [0, 1, 2, 0, 0])
+    noise_image(1, (64, 64)).save(folder / "1.png")
+    said = check(read(folder))
+    assert "5 of 5" in said and "4 are smaller than 64" in said and "2 are repeated" in said
 
 
 # --- What is checked is what is trained ---
 
 
-@pytest.mark.parametrize("layout", ["folder", "jsonl", "csv", "json", "sidecars"])
-def test_checks_are_kept_until_an_image_is_removed_put_back_or_replaced(tmp_path, capfd, layout):
-    folder = write_pairs(tmp_path / "pairs")
-    dataset = folder if layout in ("folder", "sidecars") else write_list(folder, layout)
-    if layout == "sidecars":
-        (folder / "metadata.jsonl").unlink()
-        for i in range(8):
-            (folder / f"{i}.txt").write_text(f"picture {i}")
-    before = read(dataset)
-    assert "checking rows" in capfd.readouterr().err
-    assert read(dataset).digest == before.digest
-    assert "checking rows" not in capfd.readouterr().err
-    kept = (folder / "3.png").read_bytes()
-    if layout != "sidecars":  # an image that is gone from a folder of those is no row
-        (folder / "3.png").unlink()
-        refused(dataset, "1 of 8 rows", "row 3 (3.png)")
-        (folder / "3.png").write_bytes(kept)
-        assert read(dataset).digest == before.digest
-    noise_image(99).save(folder / "3.png")
-    after = read(dataset)
-    assert after.digest != before.digest
-    assert not torch.equal(after[3, 1, 0][0], before[2, 1, 0][0])
-    with pytest.raises(RuntimeError, match="3.png has changed"):
-        before[3, 1, 0]
-    (folder / "3.png").unlink()
-    with pytest.raises(RuntimeError, match="3.png has changed"):
-        after[3, 1, 0]
+def test_ranks_share_the_rows_and_agree_on_what_is_bad(tmp_path, reference):
+    folders = [write_pairs(tmp_path / name) for name in ("rank 0", "rank 1")]
 
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_parquet_that_changes_is_read_and_checked_again(tmp_path, inside):
-    paths = write_images(tmp_path, count=4)
-
-    def write(paths: list[Path]) -> None:
-        cells = [{"bytes": x.read_bytes() if inside else None, "path": x.name} for x in paths]
-        table = pyarrow.table({"image": cells, "text": list("abcd")})
-        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-
-    write(paths)
-    before = read(tmp_path / "rows.parquet")
-    assert read(tmp_path / "rows.parquet").digest == before.digest
-    if inside:
-        write(paths[::-1])
-    else:
-        for path in paths:
-            noise_image(99).save(path)
-    after = read(tmp_path / "rows.parquet")
-    assert after.digest != before.digest and captions(after) == list("abcd")
-    if not inside:
-        paths[2].unlink()
-        refused(tmp_path / "rows.parquet", "1 of 4 rows", "row 2 (2.png)")
-
-
-def test_digest_is_of_pixels_captions_and_their_order(tmp_path, folder, reference):
-    rows = [{"image": str(folder / f"{i}.png"), "text": f"picture {i}"} for i in range(8)]
-    found = {reference.digest}
-    for changed in (rows, rows[::-1], [rows[0] | {"text": "other"}, *rows[1:]], rows[1:]):
-        found.add(read(write_lines(folder / "rows.jsonl", changed)).digest)
-    (folder / "rows.jsonl").unlink()
-    assert len(found) == 4  # the first is the folder's own
-
-
-@pytest.mark.parametrize("fault", ["none", "fewer", "other pixels"])
-def test_nodes_with_data_of_their_own_must_see_the_same(tmp_path, fault):
-    folders = [write_pairs(tmp_path / name) for name in ("a", "b")]
-    if fault == "fewer":
-        damage(folders[1], 2, "missing")
-    elif fault == "other pixels":
-        noise_image(99).save(folders[1] / "2.png")
-
-    def load() -> None:
+    def act() -> None:
         rank, _, _ = train.init_distributed()
-        hosts = torch.distributed.new_group(backend="gloo")
-        flags = {"dataset": folders[rank], "output_dir": "out", "train_batch_size": 1}
-        train.load_pairs(train_args(on_bad_row="skip", **flags), hosts)
+        hosts = dist.new_group(backend="gloo")
+        pairs, own = read(folders[rank]), []
+        inspect = pairs.inspect
+        pairs.inspect = lambda row: own.append(row) or inspect(row)
+        pairs.check(hosts)
+        print("own", sorted(own), pairs.digests)
+        (folders[1] / f"{NAMES[3]}.png").unlink(missing_ok=True)  # of a row that rank 1 checks
+        pairs = read(folders[rank], on_bad_row="skip")
+        pairs.check(hosts)
+        print("left", pairs.rows, pairs.digests)
+        read(folders[rank]).check(hosts)
 
-    ranks = fork(2, load, tmp_path / "log")
+    ranks = fork(2, act, tmp_path / "log")
     for rank in ranks:
         rank.join(60)
-    said = (tmp_path / "log.0").read_text()
-    expected = [0, 0] if fault == "none" else [1, 1]
-    assert [rank.exitcode for rank in ranks] == expected, said
-    if fault != "none":
-        counts = "8 and 7 pairs" if fault == "fewer" else "8 and 8 pairs"
-        assert "ranks 0 and 1" in said and counts in said
+    left = [digest for i, digest in enumerate(reference.digests) if i != 3]
+    for i, rank in enumerate(ranks):
+        said = (tmp_path / f"log.{i}").read_text()
+        assert f"own {[i, 2 + i, 4 + i, 6 + i]} {reference.digests}" in said, said
+        assert f"left {[0, 1, 2, 4, 5, 6, 7]} {left}" in said, said
+        assert rank.exitcode == 1 and "1 unusable\n  row 3 " in said, said
 
 
-def test_kill_9_during_the_row_check_leaves_no_process(tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    noise_image(0, (1500, 1500)).save(folder / "0.png", compress_level=1)
-    for i in range(1, 600):
-        os.link(folder / "0.png", folder / f"{i}.png")
-    rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(600)]
-    write_lines(folder / "metadata.jsonl", rows)
-    (process,) = fork(1, lambda: read(folder), tmp_path / "log")
-    parent, workers = psutil.Process(process.pid), []
-    expected = min(2, len(os.sched_getaffinity(0)))
-    while len(workers) < expected:
-        assert process.is_alive(), (tmp_path / "log.0").read_text()
-        time.sleep(0.02)
-        workers = parent.children()
-    process.kill()
-    process.join()
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    assert alive == []
+def test_image_that_changes_after_the_check_is_not_trained(tmp_path):
+    folder = write_pairs(tmp_path / "x", [0, 1, 2, 3])
+    pairs = checked(folder)
+    noise_image(99).save(folder / "0.png")
+    os.truncate(folder / "1.png", 4000)
+    (folder / "2.png").unlink()
+    for row in range(3):
+        with pytest.raises((RuntimeError, OSError)):
+            pairs.read(row)
+    assert pairs.read(3)[1] == "picture 3"
 
 
-@pytest.mark.parametrize("kind", ["uint8", "decimal", "double", "csv"])
-def test_rows_are_kept_by_numbers_of_any_type(tmp_path, kind):
-    folder = write_pairs(tmp_path / "pairs")
-    numbers = [None, 0, 1, 3, 3, 4, 5, 250]
-    content = [(folder / f"{i}.png").read_bytes() for i in range(8)]
-    if kind == "csv":
-        lines = [f"{i}.png,picture {i},{'' if x is None else x}" for i, x in enumerate(numbers)]
-        dataset = folder / "rows.csv"
-        dataset.write_text("\n".join(["image,text,score", *lines]) + "\n")
-    else:
-        if kind == "decimal":
-            numbers = [None if x is None else Decimal(x) for x in numbers]
-        types = {"uint8": pyarrow.uint8(), "double": pyarrow.float64()}
-        types["decimal"] = pyarrow.decimal128(5, 1)
-        scores = pyarrow.array(numbers, types[kind])
-        table = pyarrow.table(
-            {"image": content, "text": [f"picture {i}" for i in range(8)], "score": scores}
-        )
-        dataset = folder / "rows.parquet"
-        pyarrow.parquet.write_table(table, dataset)
-    pairs = read(dataset, min=("score=3",))
-    assert pairs.numbers == [3, 4, 5, 6, 7] and "3 left out by --min" in pairs.report
-    assert captions(pairs)[0] == "picture 3"
-    assert captions(read(dataset, min=("score=3.5",)))[0] == "picture 5"
-    assert captions(read(dataset, min=("score=3", "score=250")))[0] == "picture 7"
+def test_digests_are_of_content_and_caption_in_the_tables_order(tmp_path, reference):
+    rows = [{"file_name": str(reference.folder / f"{i}.png"), "text": f"picture {i}"} for i in NAMES]
+    changed = [rows[1], rows[0] | {"text": "other"}, rows[0] | {"file_name": rows[1]["file_name"]}]
+    second, *other = checked(write_rows(tmp_path / "x", changed)).digests
+    assert second == reference.digests[1] and len({*other, *reference.digests}) == 10
 
 
-def test_dropped_captions_are_a_function_of_seed_step_and_sample(folder):
-    pairs = read(folder, cond_dropout_rate=0.5)
-    keys = [(0, step, i) for step in range(1, 9) for i in range(8)]
-    drawn = [pairs[key][1] for key in keys]
-    assert drawn == [pairs[key][1] for key in keys] and set(drawn) == {"", "picture 0"}
-    assert 16 <= drawn.count("") <= 48
-    other = read(folder, cond_dropout_rate=0.5, seed=1)
-    assert drawn != [other[key][1] for key in keys]
+# --- What a step takes ---
+
+
+def batches(pairs: train.Pairs, rank: int = 0, start: int = 0, **flags) -> list[train.Batch]:
+    """Those of a rank, for steps of 4 pairs: one process takes them in one forward, if not told otherwise."""
+    flags = {"max_train_steps": 5, "num_rollout_paths": 2, "shared_noise": False} | flags
+    return list(train.read_batches(pairs, train_args(output_dir="out", **flags), (4, 8, 8), rank, 4, start))
+
+
+def samples(pairs: train.Pairs, world_size: int = 1, **flags) -> list[tuple]:
+    """All that the batches of the ranks hold, sample by sample."""
+    ranks, found = [batches(pairs, rank, **flags) for rank in range(world_size)], []
+    for batch in (batch for micro in zip(*ranks, strict=True) for batch in micro):
+        z1, t, u, path_noise, path_z1 = batch.draws
+        parts = (batch.pixels, batch.vae_noise, z1, t, *u.movedim(2, 1), *path_noise, *path_z1)
+        for i, text in enumerate(batch.captions):
+            found.append((text, *(part[i].numpy().tobytes() for part in parts)))
+    return found
+
+
+def test_each_sample_is_a_function_of_seed_step_and_its_place_in_the_global_batch(reference):
+    expected = samples(reference, cond_dropout_rate=0.5)
+    for world_size, size, accumulated, threads in (1, 2, 2, 4), (2, 2, 1, 4), (2, 1, 2, 1), (1, 4, 1, 9):
+        flags = {"train_batch_size": size, "gradient_accumulation_steps": accumulated, "reader_threads": threads}
+        assert samples(reference, world_size, cond_dropout_rate=0.5, **flags) == expected, flags
+    assert samples(reference, cond_dropout_rate=0.5, start=3) == expected[12:]
+    plain, other = samples(reference), samples(reference, seed=1)
+    for step in range(1, 6):
+        for row, sample in zip(train.step_rows(8, 4, 42, step), plain[4 * step - 4 :]):
+            assert sample[:2] == (f"picture {NAMES[row]}", reference.read(row)[0].numpy().tobytes())
+    drawn = [part for sample in (*plain, *other) for part in sample[2:]]
+    assert len(set(drawn)) == len(drawn) == 40 * 8
+
+
+def test_captions_are_dropped_at_their_rate_by_steps_and_seed(reference):
+    dropped = []
+    for seed in (1, 2):
+        found = batches(reference, max_train_steps=50, seed=seed, cond_dropout_rate=0.25)
+        dropped.append([text == "" for batch in found for text in batch.captions])
+    assert all(30 <= sum(x) <= 70 for x in dropped) and dropped[0] != dropped[1]  # 50 +- 6 of 200
+
+
+def test_number_of_auxiliary_points_changes_no_other_number(reference):
+    for one, other in zip(batches(reference, num_aux_points=2), batches(reference, num_aux_points=5), strict=True):
+        assert torch.equal(one.vae_noise, other.vae_noise)
+        assert torch.equal(one.draws.z1, other.draws.z1) and torch.equal(one.draws.t, other.draws.t)
+
+
+def test_epoch_is_a_permutation_of_its_own():
+    epochs = []
+    for first, seed in (1, 0), (4, 0), (7, 0), (1, 1):  # three steps of 3 rows of 10
+        epochs.append([row for step in range(first, first + 3) for row in train.step_rows(10, 3, seed, step)])
+        assert len(set(epochs[-1])) == 9
+    assert len(set(map(tuple, epochs))) == 4 and set(sum(epochs, [])) == set(range(10))
+
+
+def test_threads_work_at_once_keep_the_order_take_no_more_than_told_and_raise():
+    at_once, taken = threading.Barrier(3), []
+
+    def work(i: int) -> float:
+        at_once.wait(10)
+        time.sleep(0.01 * (i % 2 == 0))
+        return 1 / (9 - i)
+
+    results = train.in_threads(work, (taken.append(i) or i for i in range(12)), threads=3, ahead=5)
+    for i in range(9):
+        assert next(results) == 1 / (9 - i) and len(taken) == min(i + 6, 12)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+FAILS = """
+import sys, train
+pairs = train.Pairs(train.DataConfig(sys.argv[1]))
+train.init_distributed()
+pairs.check(train.dist.new_group(backend="gloo"))
+args = train.Args(pairs.data, output_dir=None)
+batches = train.read_batches(pairs, args, (4, 64, 64), 0, 4, 0)
+next(batches)
+raise FloatingPointError("not finite")
+"""
+
+
+def test_process_that_fails_between_two_steps_ends(reference):
+    command = [sys.executable, "-c", FAILS, reference.folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "FloatingPointError: not finite" in done.stderr, done.stderr
 
 
 # --- Pixels ---
 
 
-def rgb_of(path: Path) -> np.ndarray:
-    image = train.read_image({"bytes": None, "path": str(path)}, None)
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
+def fixed(*numbers: float) -> bytes:
+    """ICC's s15Fixed16Numbers."""
+    return b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)
 
 
-@pytest.mark.parametrize(
-    "name, image, expected",
-    [
-        ("RGBA", Image.new("RGBA", (8, 8), (255, 0, 0, 128)), HALF),
-        ("LA", Image.new("LA", (8, 8), (0, 0)), WHITE),
-        ("L", Image.new("L", (8, 8), 77), (77, 77, 77)),
-        ("P", Image.new("P", (8, 8), 0), WHITE),
-        ("CMYK", Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
-        ("1", Image.new("1", (8, 8), 1), WHITE),
-        ("I;16", Image.fromarray(np.full((8, 8), 40000, np.uint16)), (156, 156, 156)),
-    ],
-)
-def test_image_of_any_mode_becomes_rgb_on_white(tmp_path, name, image, expected):
-    options = {"transparency": 0} if name == "P" else {}
-    image.save(tmp_path / "x", format="TIFF" if name in ("CMYK", "I;16") else "PNG", **options)
-    rgb = rgb_of(tmp_path / "x")
-    assert rgb.shape == (8, 8, 3) and np.abs(rgb - expected).max() <= 1
-
-
-def test_image_is_turned_as_its_exif_says(tmp_path):
-    image = Image.fromarray(np.repeat(np.arange(0, 240, 30, dtype=np.uint8)[:, None], 16, 1))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    image.convert("RGB").save(tmp_path / "x", format="PNG", exif=exif)
-    rgb = rgb_of(tmp_path / "x")
-    assert rgb.shape == (16, 8, 3) and (rgb[0, :, 0] == np.arange(210, -1, -30)).all()
-
-
-def fixed(x: float) -> bytes:
-    """ICC's s15Fixed16Number."""
-    return struct.pack(">i", round(x * 65536))
+def profile(kind: bytes, space: bytes, connection: bytes, tags: dict[str, bytes]) -> bytes:
+    """A profile of ICC's version 2 with these tags; the white is D50."""
+    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", offset + len(body), len(content))
+        body += content + b"\0" * (-len(content) % 4)
+    header = struct.pack(">I4sI", offset + len(body), b"lcms", 0x02100000) + kind + space + connection
+    header += b"\0" * 12 + b"acsp" + b"\0" * 28 + fixed(0.9642, 1.0, 0.8249)
+    return header + b"\0" * (128 - len(header)) + struct.pack(">I", len(tags)) + table + body
 
 
 def curve(gamma: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
 
 
-def icc_profile(kind: bytes, space: bytes, connection: bytes, tags: dict[str, bytes]) -> bytes:
-    """A profile of ICC's version 2 with these tags; the white is D50."""
-    white = b"".join(map(fixed, (0.9642, 1.0, 0.8249)))
-    description = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78
-    tags = {"wtpt": b"XYZ \0\0\0\0" + white, "cprt": b"text\0\0\0\0none\0", **tags}
-    tags["desc"] = description
-    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, content in tags.items():
-        place = offset + len(body)
-        table += name.encode() + struct.pack(">II", place, len(content))
-        body += content + b"\0" * (-len(content) % 4)
-    header = struct.pack(">I4sI", offset + len(body), b"lcms", 0x02100000)
-    header += kind + space + connection + b"\0" * 12 + b"acsp" + b"\0" * 28 + white
-    header += b"\0" * (128 - len(header))
-    return header + struct.pack(">I", len(tags)) + table + body
-
-
-def rgb_profile(gamma: float, colorants: list[tuple[float, float, float]]) -> bytes:
-    """A screen of one gamma and of these XYZ of red, green and blue."""
-    tags = {}
-    for name, xyz in zip("rgb", colorants):
-        tags[f"{name}XYZ"] = b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz))
-        tags[f"{name}TRC"] = curve(gamma)
-    return icc_profile(b"mntr", b"RGB ", b"XYZ ", tags)
-
-
-def grey_profile(gamma: float) -> bytes:
-    return icc_profile(b"mntr", b"GRAY", b"XYZ ", {"kTRC": curve(gamma)})
-
-
 def cmyk_profile(colors: dict[tuple, tuple[int, int, int]]) -> bytes:
-    """A printer whose inks, (C, M, Y, K) of 0 or 1, give these L, a + 128, b + 128, or else black;
-    a table of 2 points per ink with ICC's type lut8."""
-    identity = bytes(range(256))
-    matrix = b"".join(fixed(x) for x in (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    """A printer whose inks, (C, M, Y, K) of 0 or 1, give these L, a + 128, b + 128, or else black; a table of 2 points
+    per ink with ICC's type lut8."""
     corners = [tuple(map(int, f"{i:04b}")) for i in range(16)]
     points = b"".join(bytes(colors.get(corner, (0, 128, 128))) for corner in corners)
-    lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + matrix + 4 * identity + points + 3 * identity
-    return icc_profile(b"prtr", b"CMYK", b"Lab ", {"A2B0": lut})
+    lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    lut += 4 * bytes(range(256)) + points + 3 * bytes(range(256))
+    return profile(b"prtr", b"CMYK", b"Lab ", {"A2B0": lut})
 
 
-# Adobe RGB (1998): colorants under D50, gamma 563/256.
-ADOBE = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
+# Adobe RGB (1998): gamma 563/256, XYZ of red, green and blue under D50.
+ADOBE = {f"{x}TRC": curve(563 / 256) for x in "rgb"}
+ADOBE["rXYZ"] = b"XYZ \0\0\0\0" + fixed(0.60974, 0.31111, 0.01947)
+ADOBE["gXYZ"] = b"XYZ \0\0\0\0" + fixed(0.20528, 0.62567, 0.06087)
+ADOBE["bXYZ"] = b"XYZ \0\0\0\0" + fixed(0.14919, 0.06322, 0.74457)
+ADOBE = {"icc_profile": profile(b"mntr", b"RGB ", b"XYZ ", ADOBE)}
+GREY = {"icc_profile": profile(b"mntr", b"GRAY", b"XYZ ", {"kTRC": curve(1.0)})}
+INKS = {"icc_profile": cmyk_profile({(1, 0, 0, 0): (138, 209, 198), (0, 0, 0, 0): (255, 128, 128)})}  # red and white
+SRGB = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+LINEAR = [255 * (1.055 * (77 / 255) ** (1 / 2.4) - 0.055)] * 3  # 149.6
+CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+TURNED, TEXT = Image.Exif(), PngImagePlugin.PngInfo()
+TURNED[0x0112] = 6  # by 90 degrees
+TEXT.add_text("workflow", "x" * 2**21, zip=True)
+RAMP = np.arange(0, 240, 30, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("alpha", [None, 255, 0])
-def test_adobe_rgb_becomes_srgb(tmp_path, alpha):
-    color = (60, 160, 90) if alpha is None else (60, 160, 90, alpha)
-    image = Image.new("RGB" if alpha is None else "RGBA", (8, 8), color)
-    image.save(tmp_path / "x.png", icc_profile=rgb_profile(563 / 256, ADOBE))
-    expected = WHITE if alpha == 0 else (0, 161, 85)
-    assert np.abs(rgb_of(tmp_path / "x.png") - expected).max() <= 2
+def plain(mode: str, *color: int) -> Image.Image:
+    return Image.new(mode, (8, 8), color if len(color) > 1 else color[0])
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
-def test_grey_of_a_linear_profile_becomes_srgb(tmp_path, mode):
-    if mode == "I;16":
-        image = Image.fromarray(np.full((8, 8), 77 * 257, np.uint16))
-    else:
-        image = Image.new(mode, (8, 8), 77 if mode == "L" else (77, 255))
-    image.save(tmp_path / "x.png", icc_profile=grey_profile(1.0))
-    expected = 255 * (1.055 * (77 / 255) ** (1 / 2.4) - 0.055)  # 149.6
-    assert np.abs(rgb_of(tmp_path / "x.png") - expected).max() <= 1
+@pytest.mark.parametrize(
+    "image, kind, options, expected, tolerance",
+    [
+        (plain("RGBA", 255, 0, 0, 128), "PNG", {}, (255, 127, 127), 1),
+        (plain("LA", 0, 0), "PNG", {}, WHITE, 0),
+        (plain("L", 77), "PNG", {}, (77, 77, 77), 0),
+        (plain("P", 0), "PNG", {"transparency": 0}, WHITE, 0),
+        (plain("1", 1), "PNG", {}, WHITE, 0),
+        (CYAN, "TIFF", {}, (0, 255, 255), 1),
+        (plain("RGB", 60, 160, 90), "PNG", ADOBE, (0, 161, 85), 2),
+        (plain("RGBA", 60, 160, 90, 255), "PNG", ADOBE, (0, 161, 85), 2),
+        (plain("RGBA", 60, 160, 90, 0), "PNG", ADOBE, WHITE, 2),
+        (plain("L", 77), "PNG", GREY, LINEAR, 1),
+        (plain("LA", 77, 255), "PNG", GREY, LINEAR, 1),
+        (CYAN, "TIFF", INKS, (255, 0, 0), 6),
+        (CYAN, "JPEG", INKS, (255, 0, 0), 6),
+        (plain("CMYK", 0, 0, 0, 0), "JPEG", INKS, WHITE, 2),
+        (noise_image(0), "PNG", SRGB, noise_image(0), 1),
+        (plain("L", 77), "PNG", SRGB, (77, 77, 77), 1),
+        (Image.fromarray(RAMP[:, None].repeat(16, 1)), "PNG", {"exif": TURNED}, RAMP[None, ::-1, None], 0),
+        (noise_image(5), "PNG", {"pnginfo": TEXT}, noise_image(5), 0),
+    ],
+)
+def test_image_of_any_kind_becomes_srgb_on_white(image, kind, options, expected, tolerance):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    decoded = train.decode(buffer.getvalue())
+    assert decoded.mode == "RGB" and decoded.size == (image.size[::-1] if "exif" in options else image.size)
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(expected)).max() <= tolerance
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
-def test_cmyk_becomes_srgb_by_its_profile(tmp_path, kind):
-    image = Image.new("CMYK", (16, 8), (255, 0, 0, 0))
-    image.paste((0, 0, 0, 0), (8, 0, 16, 8))
-    red = (138, 209, 198)  # sRGB's in Lab
-    profile = cmyk_profile({(1, 0, 0, 0): red, (0, 0, 0, 0): (255, 128, 128)})
-    image.save(tmp_path / "x", kind, icc_profile=profile)
-    rgb = rgb_of(tmp_path / "x")
-    assert np.abs(rgb[:, :8] - (255, 0, 0)).max() <= 6 and np.abs(rgb[:, 8:] - 255).max() <= 2
-
-
-def test_srgb_profile_changes_nothing_and_one_of_other_channels_is_refused(tmp_path):
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    noise_image(0).save(tmp_path / "x.png", icc_profile=srgb)
-    noise = np.asarray(noise_image(0)).astype(int)
-    assert np.abs(rgb_of(tmp_path / "x.png") - noise).max() <= 1
-    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png", icc_profile=srgb)
-    assert np.abs(rgb_of(tmp_path / "grey.png") - 77).max() <= 1
-    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "x.tif", icc_profile=srgb)
-    noise_image(0).save(tmp_path / "y.tif", icc_profile=cmyk_profile({}))
-    noise_image(0).save(tmp_path / "z.tif", icc_profile=grey_profile(1.0))  # would lose its colours
-    for name, words in (("x", "RGB.*CMYK"), ("y", "CMYK.*RGB"), ("z", "for L.*RGB")):
-        with pytest.raises(ValueError, match=words):
-            rgb_of(tmp_path / f"{name}.tif")
-
-
-def test_png_with_a_long_text_chunk_is_read(tmp_path):
-    info = PngImagePlugin.PngInfo()
-    info.add_text("workflow", "x" * 2**21, zip=True)
-    noise_image(5).save(tmp_path / "x.png", pnginfo=info)
-    assert (rgb_of(tmp_path / "x.png") == np.asarray(noise_image(5))).all()
-
-
-def test_bytes_and_files_give_the_same_image(tmp_path):
-    noise_image(1).save(tmp_path / "x.png")
-    buffer = io.BytesIO((tmp_path / "x.png").read_bytes())
-    image = train.read_image({"bytes": buffer.getvalue(), "path": None}, None)
-    assert (np.asarray(image) == rgb_of(tmp_path / "x.png")).all()
+@pytest.mark.parametrize("image, options", [(CYAN, SRGB), (noise_image(0), INKS), (noise_image(0), GREY)])
+def test_profile_of_other_channels_is_refused(image, options):
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    with pytest.raises((ValueError, ImageCms.PyCMSError)):
+        train.decode(buffer.getvalue())
