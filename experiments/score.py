@@ -6,12 +6,13 @@
     python -m experiments.score output/geneval/base output/geneval/output-soar-final \\
         --metrics geneval --check_base
 
-A row of the table is a metric, a column a folder: the mean over prompts of the mean over a
-prompt's images, in brackets its standard error over prompts. Folders after the first also have
-their paired difference from the first. FOLDER/scores.jsonl gets one line for each image,
+A row of the table is a metric, a column a folder: the mean over images, which for GenEval is the
+mean over tasks of theirs, in brackets its standard error over prompts. Folders after the first
+also have their paired difference from the first. FOLDER/scores.jsonl gets one line for each image,
 FOLDER/scores.json the means. The same command goes on with a run that was killed. A score is kept
 only while the image, its prompt and the metric's weights are those that it was computed from;
 else it is computed anew, and the reason printed. Prompts with the same text count as one prompt.
+Files among the folders, such as sample.py's compare.png, are passed over.
 
 | metric      | scale           | computed by                                               |
 | pickscore   | 20 to 24        | transformers' CLIP                                        |
@@ -22,6 +23,7 @@ else it is computed anew, and the reason printed. Prompts with the same text cou
 | ocr         | 0 to 1          | PaddleOCR 2.9.1 in an environment of its own              |
 | ocr_rapid   | 0 to 1          | rapidocr: runs anywhere, not comparable with the paper    |
 | geneval     | 0 to 1          | GenEval's evaluate_images.py: FOLDER/results.jsonl is read |
+| geneval2    | 0 to 100        | GenEval 2's evaluation.py, which it says how to run       |
 """
 
 import hashlib
@@ -29,7 +31,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -40,6 +42,14 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from experiments.geneval import (
+    Column,
+    ask_geneval2,
+    read_geneval,
+    read_geneval2,
+    read_json,
+    read_lines,
+)
 from experiments.scorers import (
     Aesthetic,
     ClipScore,
@@ -60,19 +70,33 @@ MODEL_BASED = {
     "hpsv2": Hpsv2,
     "imagereward": ImageReward,
 }
-Metric = Literal[
-    "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward", "ocr", "ocr_rapid", "geneval"
-]
-# Stable Diffusion 3.5 Medium: base, SFT, SOAR. Source: README.md of Tencent-Hunyuan/HY-SOAR.
-PUBLISHED = {
-    "geneval": (0.63, 0.70, 0.78),
-    "ocr": (0.59, 0.64, 0.67),
-    "pickscore": (22.34, 22.71, 22.86),
-    "hpsv2": (0.279, 0.284, 0.289),
-    "aesthetic": (5.36, 5.35, 5.46),
-    "imagereward": (0.85, 1.04, 1.09),
-    "clipscore": (0.285, 0.295, 0.295),
+READ = {  # what programs of others compute: the file that holds it in a folder
+    "geneval": ("results.jsonl", read_geneval),
+    "geneval2": ("score_lists.json", read_geneval2),
 }
+Metric = Literal[
+    "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward",
+    "ocr", "ocr_rapid", "geneval", "geneval2",
+]  # fmt: skip
+# Stable Diffusion 3.5 Medium: prompts and images; base, SFT, SOAR. Source: README.md of
+# Tencent-Hunyuan/HY-SOAR; the sets: soar/evaluation.py there.
+PUBLISHED = {
+    "geneval": ("553 x 4, 6 tasks", 0.63, 0.70, 0.78),
+    "ocr": ("1018 x 1", 0.59, 0.64, 0.67),
+    "pickscore": ("200 x 5", 22.34, 22.71, 22.86),
+    "hpsv2": ("200 x 5", 0.279, 0.284, 0.289),
+    "aesthetic": ("200 x 5", 5.36, 5.35, 5.46),
+    "imagereward": ("200 x 5", 0.85, 1.04, 1.09),
+    "clipscore": ("200 x 5", 0.285, 0.295, 0.295),
+}
+GENEVAL2_BASE = (
+    "geneval2: no paper has the base at these settings; a user had 22 with guidance 4.5, 40 steps, "
+    "512 pixels, 256 tokens (Tencent-Hunyuan/UniRL, issue 221)."
+)
+PAPER = {"guidance_scale": 4.5, "num_inference_steps": 40, "height": 512, "width": 512}
+WEIGHTS = ("from", "transformer", "lora")  # keys of protocol.json that a comparison is about
+PACKAGES = ("torch", "diffusers", "transformers")  # other versions are named, not refused
+FOOTER = (*PAPER, "max_sequence_length", "seed", "mixed_precision")
 SAVE_EVERY = 30  # seconds
 
 
@@ -81,7 +105,7 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders that sample.py has finished; differences are from the first."""
     metrics: tuple[Metric, ...] = tuple(MODEL_BASED)
-    """What to compute. geneval is added where a folder has a results.jsonl."""
+    """What to compute. geneval and geneval2 are added where a folder has their results."""
     weights: tuple[str, ...] = ()
     """ID=PATH, files on this machine in place of the hub's: a directory, or for xswu/HPSv2,
     THUDM/ImageReward and the aesthetic head, sac+logos+ava1-l14-linearMSE.pth, a file."""
@@ -93,9 +117,11 @@ class Args:
     """For ocr: the Python of the environment that has paddleocr."""
     check_base: bool = False
     """Also print the paper's base, SFT and SOAR, and how far the first folder is from its base."""
+    across_protocols: bool = False
+    """Compare folders whose images differ by more than their weights: the table names by what."""
 
     def __post_init__(self):
-        if not self.folders:
+        if all(folder.is_file() for folder in self.folders):
             raise ValueError("give at least one FOLDER that sample.py has finished")
         if len({folder.resolve() for folder in self.folders}) < len(self.folders):
             raise ValueError(f"one folder is given twice: {' '.join(map(str, self.folders))}")
@@ -115,6 +141,10 @@ class Folder:
         samples = path / "samples.jsonl"
         if not samples.is_file():
             raise ValueError(f"{path} has no samples.jsonl: sample.py has not finished it")
+        if not (path / "protocol.json").is_file():
+            raise ValueError(f"{path} has no protocol.json, which sample.py writes first")
+        self.protocol = read_json(path / "protocol.json")
+        self.unlike: dict[str, list] = {}  # protocol, weights apart: the first folder's, this one's
         self.rows = read_lines(samples)
         missing = [row["file"] for row in self.rows if not (path / row["file"]).is_file()]
         if missing:
@@ -123,7 +153,7 @@ class Folder:
             row["sha256"] = hashlib.sha256((path / row["file"]).read_bytes()).hexdigest()
         self.prompts = [row["prompt"] for row in self.rows]
         self.keys = [(row["prompt_index"], row["image_index"]) for row in self.rows]
-        self.groups: dict[str, list[str]] = {}  # a metric's task of each image, if it has tasks
+        self.read: dict[str, dict[str, Column]] = {}  # rows of the metrics of READ
         self.scorers: dict[str, str] = {}  # the weights of each metric that rows have
         self.recall()
 
@@ -132,8 +162,8 @@ class Folder:
         kept, summary = self.path / "scores.jsonl", self.path / "scores.json"
         if not kept.is_file() or not summary.is_file():
             return
-        self.scorers = json.loads(summary.read_text())["scorers"]
-        self.scorers.pop("geneval", None)  # read anew each time
+        scorers = read_json(summary)["scorers"]
+        self.scorers = {name: x for name, x in scorers.items() if name not in READ}
         known = {(line["file"], line["prompt"], line["sha256"]): line for line in read_lines(kept)}
         for row in self.rows:
             line = known.get((row["file"], row["prompt"], row["sha256"]), {})
@@ -160,29 +190,31 @@ class Folder:
         text = json.dumps({"scorers": self.scorers, **summary}, indent=1)
         save_whole(text + "\n", self.path / "scores.json")
 
-    def column(self, name: str) -> np.ndarray | None:
-        """A metric's scores of all images, (images,), or None."""
+    def take(self, name: str) -> None:
+        """Read what another program computed."""
+        file, read = READ[name]
+        if not (self.path / file).is_file():
+            raise ValueError(f"{self.path} has no {file}: run GenEval's evaluate_images.py")
+        self.read[name] = read(self.path, self.rows)
+        for row, value in zip(self.rows, self.read[name][name].values):
+            row[name] = float(value)
+        digest = hashlib.sha256((self.path / file).read_bytes()).hexdigest()
+        self.scorers[name] = f"{file} sha256 {digest}"
+
+    def columns(self, name: str) -> dict[str, Column]:
+        """A metric's rows of the table by name; none if it was not computed for all images."""
+        if name in self.read:
+            return self.read[name]
         if not all(name in row for row in self.rows):
-            return None
-        return np.array([row[name] for row in self.rows], dtype=np.float64)
+            return {}
+        values = np.array([row[name] for row in self.rows])
+        return {name: Column(values, np.array(self.prompts), np.full(len(values), ""))}
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Raises ValueError: names the file and the line that is not JSON."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    return rows
-
-
-def open_folders(paths: tuple[Path, ...]) -> list[Folder]:
-    """Raises ValueError: two folders do not hold images of the same prompts."""
-    folders = [Folder(path) for path in paths]
+def open_folders(args: Args) -> list[Folder]:
+    """Raises ValueError: two folders do not hold images of the same prompts, or not under the same
+    protocol."""
+    folders = [Folder(path) for path in args.folders if not path.is_file()]
     first = folders[0]
     for folder in folders[1:]:
         if (folder.keys, folder.prompts) != (first.keys, first.prompts):
@@ -190,7 +222,25 @@ def open_folders(paths: tuple[Path, ...]) -> list[Folder]:
                 f"{folder.path} and {first.path} are of different prompts or numbers of images: "
                 "differences would mean nothing. Give one set of prompts at a time"
             )
+        for key in first.protocol | folder.protocol:
+            pair = [first.protocol.get(key), folder.protocol.get(key)]
+            if key not in WEIGHTS and pair[0] != pair[1]:
+                folder.unlike[key] = pair
+        if folder.unlike.keys() - set(PACKAGES) and not args.across_protocols:
+            raise ValueError(
+                f"{folder.path} differs from {first.path} by more than weights: "
+                f"{unlike_text(folder)}. --across_protocols compares them and says so"
+            )
     return folders
+
+
+def unlike_text(folder: Folder) -> str:
+    """Such as "guidance_scale 1.0 for 4.5"; long lists and digests are left out."""
+    parts = []
+    for key, (first, own) in folder.unlike.items():
+        short = max(len(str(first)), len(str(own))) < 40
+        parts.append(f"{key} {own} for {first}" if short else key)
+    return ", ".join(parts)
 
 
 # --- Scoring ------------------------------------------------------------------------------------
@@ -214,8 +264,9 @@ def fill(folder: Folder, name: str, rows: list[dict], scorer: Callable, batch_si
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             images = [open_image(folder.path / row["file"]) for row in batch]
-            values = torch.as_tensor(scorer(images, [row["prompt"] for row in batch]))
-            for row, value in zip(batch, values.double().tolist(), strict=True):
+            values = scorer(images, [row["prompt"] for row in batch])
+            values = values.tolist() if isinstance(values, torch.Tensor) else values
+            for row, value in zip(batch, values, strict=True):
                 if not np.isfinite(value):
                     raise ValueError(f"{name} of {folder.path / row['file']} is {value}")
                 row[name] = value
@@ -226,52 +277,50 @@ def fill(folder: Folder, name: str, rows: list[dict], scorer: Callable, batch_si
     folder.save()
 
 
-def score(args: Args, name: str, folders: list[Folder]) -> None:
+def find_scorers(args: Args, names: list[str]) -> dict[str, tuple[str, Callable]]:
+    """By metric: the identity of its weights, and what loads it.
+
+    Raises OSError: names all weights that are not to be had."""
+    weights, found, missing = Weights(args.weights), {}, {}
+    for name in names:
+        if name == "ocr":
+            found[name] = Ocr.versions(args.ocr_python), partial(Ocr, args.ocr_python)
+        elif name == "ocr_rapid":
+            found[name] = OcrRapid.versions(), OcrRapid
+        else:
+            kind, identities = MODEL_BASED[name], []
+            for source in kind.SOURCES:
+                try:
+                    identities.append(f"{source} {weights.identity(source)}")
+                except OSError as error:
+                    missing[source] = error
+            load = partial(kind, weights, torch.device(args.device))
+            found[name] = "; ".join(identities), load
+    if missing:
+        raise OSError(
+            f"not on this machine, and not to be had from the hub: {', '.join(missing)}. Give the "
+            f"path of each: --weights ID=PATH ... ({next(iter(missing.values()))})"
+        )
+    return found
+
+
+def score(args: Args, name: str, scorer: tuple[str, Callable], folders: list[Folder]) -> None:
     """One metric for all folders; its model is loaded only if an image still needs it."""
-    weights = Weights(args.weights)
-    if name == "ocr":
-        identity, load = Ocr.versions(args.ocr_python), partial(Ocr, args.ocr_python)
-    elif name == "ocr_rapid":
-        identity, load = OcrRapid.versions(), OcrRapid
-    else:
-        kind = MODEL_BASED[name]
-        identity = "; ".join(f"{x} {weights.identity(x)}" for x in kind.SOURCES)
-        load = partial(kind, weights, torch.device(args.device))
+    identity, load = scorer
     todo = [folder.expect(name, identity) for folder in folders]
     if not any(todo):
         return
-    scorer = load()
+    try:
+        model = load()
+    except OSError as error:
+        raise OSError(f"{name} needs {identity}; --weights ID=PATH gives files: {error}") from None
     try:
         for folder, rows in zip(folders, todo):
             if rows:
-                fill(folder, name, rows, scorer, args.batch_size)
+                fill(folder, name, rows, model, args.batch_size)
     finally:
-        if isinstance(scorer, Ocr):
-            scorer.close()
-
-
-def read_geneval(folder: Folder) -> None:
-    """Take over GenEval's verdicts (0 or 1) and tasks from results.jsonl, which its
-    evaluation/evaluate_images.py writes, one line for each image.
-
-    Raises ValueError: it is missing, or not of exactly this folder's images and prompts."""
-    path = folder.path / "results.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{folder.path} has no results.jsonl: run GenEval's evaluate_images.py")
-    results = {"/".join(Path(x["filename"]).parts[-3:]): x for x in read_lines(path)}
-    differ = results.keys() ^ {row["file"] for row in folder.rows}
-    if differ:
-        raise ValueError(f"{path} is not of this folder's images: {min(differ)} is in one only")
-    tasks = []
-    for row in folder.rows:
-        result = results[row["file"]]
-        if result["prompt"] != row["prompt"]:
-            raise ValueError(f"{path}: {row['file']} is of another prompt, {result['prompt']!r}")
-        row["geneval"] = float(result["correct"])
-        tasks.append(result["tag"])
-    folder.groups["geneval"] = tasks
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    folder.scorers["geneval"] = f"results.jsonl sha256 {digest}"
+        if isinstance(model, Ocr):
+            model.close()
 
 
 # --- The table ----------------------------------------------------------------------------------
@@ -280,19 +329,23 @@ def read_geneval(folder: Folder) -> None:
 Cell = tuple[float, float]  # mean, standard error
 
 
-def mean_and_error(values: np.ndarray, prompts: list[str], groups: list[str]) -> Cell:
-    """The mean over groups of the mean over a group's prompts, and its standard error over prompts
-    (nan if a group has one prompt). GenEval's overall score is this, its tasks being the groups."""
-    means: dict[str, dict[str, list[float]]] = {}
-    for value, prompt, group in zip(values, prompts, groups, strict=True):
-        means.setdefault(group, {}).setdefault(prompt, []).append(value)
-    averages, variances = [], []
-    for by_prompt in means.values():
-        of_prompts = np.array([np.mean(x) for x in by_prompt.values()])
-        averages.append(of_prompts.mean())
-        few = len(of_prompts) < 2
-        variances.append(np.nan if few else of_prompts.var(ddof=1) / len(of_prompts))
-    return float(np.mean(averages)), float(np.sqrt(np.sum(variances)) / len(means))
+def mean_and_error(column: Column) -> Cell:
+    """The mean over groups of the mean over a group's values, and its standard error if prompts
+    are drawn at random (nan if a group has one). With tasks as groups this is the overall score of
+    GenEval's evaluation/summary_scores.py, which knows no prompts."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for value, prompt, group in zip(column.values, column.prompts, column.groups, strict=True):
+        sums.setdefault(group, {}).setdefault(prompt, []).append(value)
+    means, variances = [], []
+    for by_prompt in sums.values():
+        totals = np.array([np.sum(x) for x in by_prompt.values()])
+        counts = np.array([len(x) for x in by_prompt.values()])
+        means.append(totals.sum() / counts.sum())
+        # A mean of ratios: each prompt's total less what it would be at the mean
+        off = (totals - counts * means[-1]) / counts.sum()
+        n = len(totals)
+        variances.append(n / (n - 1) * (off**2).sum() if n > 1 else np.nan)
+    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(means))
 
 
 @dataclass(frozen=True)
@@ -300,33 +353,30 @@ class Row:
     """A metric's line: one (mean, standard error) and one paired difference for each folder."""
 
     name: str
+    size: str
     cells: list[Cell | None]
     differences: list[Cell | None]
 
 
-def compare(name: str, folders: list[Folder], task: str | None = None) -> Row:
-    """A metric's row, or that of one of its tasks."""
-    first = folders[0].column(name)
-    cells, differences = [], []
-    for folder in folders:
-        values = folder.column(name)
-        groups = folder.groups.get(name, [""] * len(folder.rows))
-        chosen = [task in (None, group) for group in groups]
-        picked = [list(np.array(x)[chosen]) for x in (folder.prompts, groups)]
-        cells.append(None if values is None else mean_and_error(values[chosen], *picked))
-        paired = values is not None and first is not None and folder is not folders[0]
-        minus = (values - first)[chosen] if paired else None
-        differences.append(None if minus is None else mean_and_error(minus, *picked))
-    return Row(f"{name} {task}" if task else name, cells, differences)
+def compare(name: str, columns: list[Column | None]) -> Row:
+    """A row from one column for each folder."""
+    first, cells, differences = columns[0], [], []
+    for column in columns:
+        cells.append(mean_and_error(column) if column else None)
+        paired = column and first and column is not first and column.pairs_with(first)
+        minus = replace(column, values=column.values - first.values) if paired else None
+        differences.append(mean_and_error(minus) if minus else None)
+    size = next(column.size() for column in columns if column)
+    return Row(name, size, cells, differences)
 
 
 def all_rows(names: list[str], folders: list[Folder]) -> list[Row]:
-    """Each metric's row; GenEval's is followed by those of its tasks."""
+    """Each metric's row; GenEval's are followed by those of their parts."""
     rows = []
     for name in names:
-        rows.append(compare(name, folders))
-        tasks = next((x.groups[name] for x in folders if name in x.groups), [])
-        rows += [compare(name, folders, task) for task in dict.fromkeys(tasks)]
+        columns = [folder.columns(name) for folder in folders]
+        for part in dict.fromkeys(part for made in columns for part in made):
+            rows.append(compare(part, [made.get(part) for made in columns]))
     return rows
 
 
@@ -338,32 +388,43 @@ def show(cell: Cell | None, digits: int, sign: str = "") -> str:
 
 
 def table(rows: list[Row], folders: list[Folder], check_base: bool) -> str:
-    """Markdown."""
-    head = ["metric", str(folders[0].path)]
+    """Markdown, and below it under which protocol the images were made."""
+    head = ["metric", "prompts x images", str(folders[0].path)]
     for folder in folders[1:]:
         head += [str(folder.path), "minus the first"]
     if check_base:
         head += ["paper: base", "SFT", "SOAR", "the first minus the paper's base"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines, notes = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)], []
     for row in rows:
         digits = 4 if row.name in ("clipscore", "hpsv2") else 3
-        line = [row.name, show(row.cells[0], digits)]
+        line = [row.name, row.size, show(row.cells[0], digits)]
         for cell, difference in zip(row.cells[1:], row.differences[1:]):
             line += [show(cell, digits), show(difference, digits, "+")]
         if check_base:
-            line += against_paper(row, digits)
+            line += against_paper(row, digits, folders[0].protocol, notes)
         lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    made = ", ".join(f"{key} {folders[0].protocol.get(key)}" for key in FOOTER)
+    text += ["", f"Images: {made}. Our scorers: float32."]
+    for folder in folders[1:]:
+        if folder.unlike:
+            text.append(f"{folder.path} differs by more than weights: {unlike_text(folder)}.")
+    return "\n".join(text + notes)
 
 
-def against_paper(row: Row, digits: int) -> list[str]:
-    """The paper's three numbers, and ours minus its base."""
+def against_paper(row: Row, digits: int, protocol: dict, notes: list[str]) -> list[str]:
+    """The paper's three numbers, and ours minus its base; or a note on why these do not compare."""
     if row.name not in PUBLISHED:
         return ["", "", "", ""]
-    published = [str(x) for x in PUBLISHED[row.name]]
-    if row.cells[0] is None:
-        return [*published, ""]
-    return [*published, f"{row.cells[0][0] - PUBLISHED[row.name][0]:+.{digits}f}"]
+    size, *published = PUBLISHED[row.name]
+    theirs = {"prompts x images": size} | PAPER
+    ours = {"prompts x images": row.size} | protocol
+    other = [f"{x} {ours.get(x)}, there {y}" for x, y in theirs.items() if ours.get(x) != y]
+    if other:
+        notes.append(f"{row.name} is not set against the paper's base: {'; '.join(other)}.")
+    own = row.cells[0]
+    difference = "" if other or own is None else f"{own[0] - published[0]:+.{digits}f}"
+    return [*map(str, published), difference]
 
 
 def numbers(cell: Cell | None) -> dict | None:
@@ -378,32 +439,44 @@ def summarize(rows: list[Row], folders: list[Folder]) -> None:
     """Write each folder's scores.json: all its metrics, and differences of those in the table."""
     for i, folder in enumerate(folders):
         own = all_rows(list(folder.scorers), [folder])
-        metrics = {row.name: numbers(row.cells[0]) for row in own if row.cells[0]}
+        metrics = {x.name: numbers(x.cells[0]) | {"of": x.size} for x in own}
         minus = {row.name: numbers(row.differences[i]) for row in rows if row.differences[i]}
         counts = {"images": len(folder.rows), "prompts": len(set(folder.prompts))}
-        first = {"minus": {"folder": str(folders[0].path), "metrics": minus}} if i else {}
-        folder.save(**counts, metrics=metrics, **first)
+        first = {"folder": str(folders[0].path), "unlike": folder.unlike, "metrics": minus}
+        folder.save(**counts, metrics=metrics, **({"minus": first} if i else {}))
+
+
+def read_results(names: list[str], folders: list[Folder]) -> None:
+    """Read what other programs computed, where it is named or there; names gets what was found."""
+    if "geneval2" in names:
+        lacking = [x for x in folders if not (x.path / "score_lists.json").is_file()]
+        if lacking:
+            raise ValueError("\n".join([ask_geneval2(x.path, x.rows) for x in lacking]))
+    for name, (file, _) in READ.items():
+        there = [folder for folder in folders if (folder.path / file).is_file()]
+        for folder in folders if name in names else there:
+            folder.take(name)
+        if there and name not in names:
+            names.append(name)
 
 
 def main(args: Args) -> None:
     torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions would round to 10 bits
-    folders = open_folders(args.folders)
+    folders = open_folders(args)
     names = list(dict.fromkeys(args.metrics))
     for prompt in folders[0].prompts if {"ocr", "ocr_rapid"} & set(names) else ():
         quoted(prompt)  # before any model is loaded
-    judged = [folder for folder in folders if (folder.path / "results.jsonl").is_file()]
-    for folder in folders if "geneval" in names else judged:
-        read_geneval(folder)
-    for name in names:
-        if name != "geneval":
-            score(args, name, folders)
-    if judged and "geneval" not in names:
-        names.append("geneval")
+    found = find_scorers(args, [name for name in names if name not in READ])
+    read_results(names, folders)
+    for name, scorer in found.items():
+        score(args, name, scorer, folders)
     rows = all_rows(names, folders)
     summarize(rows, folders)
     print(table(rows, folders, args.check_base))
     if "ocr_rapid" in names:
-        print("ocr_rapid: other models than the paper's OCR, not comparable with it")
+        print("ocr_rapid: other models than the paper's OCR, not comparable with it.")
+    if "geneval2" in names:
+        print(GENEVAL2_BASE)
 
 
 def command(words: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,8 +27,9 @@ from transformers import (
 )
 
 from experiments import score, scorers
+from experiments.geneval import Column
 from experiments.scorers import AESTHETIC, BERT, CLIP_H, CLIP_L, HPS, IMAGE_REWARD, PICKSCORE
-from experiments.tests.common import MODEL, ROOT, launch
+from experiments.tests.common import MODEL, launch
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a red circle", "two blue squares and a sign"]
@@ -497,6 +497,7 @@ def test_rapidocr_reads_rendered_prompts():
     prompts = [f'a sign that says "{x}"' for x in ("Open 24 hours", "STOP", "Hello World")]
     images = [rendered("Open 24 hours"), rendered("STEP"), Image.new("RGB", (128, 128))]
     assert read(images, prompts) == [1.0, 0.75, 0.0]
+    assert read.pool._max_workers == len(os.sched_getaffinity(0))
 
 
 PADDLE = '''
@@ -537,7 +538,7 @@ def test_ocr_reads_through_another_environment_s_paddleocr(paddle):
     prompts = ['"open 24 hours"', '"open 24 noise"', '"stop"']
     images = [rendered("a"), rendered("a"), Image.new("RGB", (8, 8))]
     assert read(images, prompts) == [1.0, pytest.approx(1 - 4 / 11), 0.0]
-    with pytest.raises(RuntimeError, match="paddle_reader.py ended with 1"):
+    with pytest.raises(RuntimeError, match="PaddleOCR ended with 1"):
         read([Image.new("RGB", (8, 8), (77, 0, 0))], prompts)
     read.close()
     assert "paddleocr 2.0" in scorers.Ocr.versions(paddle)
@@ -548,16 +549,29 @@ def test_ocr_reads_through_another_environment_s_paddleocr(paddle):
 # --- Folders and the table ----------------------------------------------------------------------
 
 
-def make_folder(path: Path, prompts: list[str], images: int = 2, seed: int = 0) -> Path:
-    """A finished folder of sample.py with random images."""
+PROTOCOL = {"pipeline": "p", "lora": None, "shift": 3.0, "sigmas": [1.0, 0.5], "seed": 42}
+PROTOCOL |= {"num_inference_steps": 40, "guidance_scale": 4.5, "height": 512, "width": 512}
+PROTOCOL |= {"max_sequence_length": 77, "mixed_precision": "bf16", "torch": "2.14.1"}
+
+
+def make_folder(
+    path: Path, prompts: list[str], images: int = 2, look: int = 0, rows: tuple = (), **protocol
+) -> Path:
+    """A finished folder of sample.py with random images, each from weights of its own; rows: the
+    lines of the prompt file, if these hold more than the prompts."""
     lines = []
+    path.mkdir(parents=True, exist_ok=True)
+    own = {"from": {"transformer": path.name}, "transformer": path.name}
+    (path / "protocol.json").write_text(json.dumps(own | PROTOCOL | protocol))
     for i, prompt in enumerate(prompts):
         for j in range(images):
             file = f"{i:05d}/samples/{j:05d}.png"
             (path / file).parent.mkdir(parents=True, exist_ok=True)
-            picture(100 * seed + 10 * i + j, 32, 32).save(path / file)
+            picture(100 * look + 10 * i + j, 32, 32).save(path / file)
             line = {"file": file, "prompt": prompt, "prompt_index": i, "image_index": j}
             lines.append(json.dumps(line | {"seed": 42}) + "\n")
+        row = rows[i] if rows else {"prompt": prompt}
+        (path / f"{i:05d}/metadata.jsonl").write_text(json.dumps(row) + "\n")
     (path / "samples.jsonl").write_text("".join(lines))
     return path
 
@@ -602,11 +616,25 @@ def test_mean_error_and_paired_difference(tmp_path, flags, capsys):
 
 def test_a_prompt_given_five_times_is_one_prompt():
     """As in DiffusionNFT's file of DrawBench, drawn with one image for each line."""
-    values = np.random.default_rng(0).normal(size=10)
-    listed = score.mean_and_error(values, ["a"] * 5 + ["b"] * 5, [""] * 10)
+    values, none = np.random.default_rng(0).normal(size=10), np.full(10, "")
+    listed = score.mean_and_error(Column(values, np.array(["a", "b"]).repeat(5), none))
     spread = np.std([values[:5].mean(), values[5:].mean()], ddof=1) / 2**0.5
     assert listed == pytest.approx((values.mean(), spread))
-    assert math.isnan(score.mean_and_error(values, ["a"] * 10, [""] * 10)[1])
+    assert math.isnan(score.mean_and_error(Column(values, np.full(10, "a"), none))[1])
+
+
+def test_the_error_of_uneven_repeats_is_the_spread_over_draws_of_prompts():
+    """1,500 sets of 60 prompts, 1 or 5 images of each, a prompt's images being alike."""
+    generator = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(1500):
+        counts = generator.choice([1, 5], 60)
+        values = (generator.normal(size=60) + (counts == 5)).repeat(counts)
+        names = np.arange(60).astype(str).repeat(counts)
+        mean, error = score.mean_and_error(Column(values, names, np.full(len(values), "")))
+        means.append(mean)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.06)
 
 
 def test_resume_computes_what_is_missing_and_nothing_else(tmp_path, flags, monkeypatch):
@@ -624,6 +652,13 @@ def test_resume_computes_what_is_missing_and_nothing_else(tmp_path, flags, monke
     after = [x["aesthetic"] for x in lines_of(folder)]
     was = [json.loads(x)["aesthetic"] for x in before.splitlines()]
     assert after == pytest.approx(was, abs=1e-5)
+
+
+def test_python_s_numbers_are_kept_as_they_are(tmp_path):
+    """0.1 is not 0.10000000149, its float32."""
+    folder = score.Folder(make_folder(tmp_path / "a", ["red", "blue"]))
+    score.fill(folder, "ocr", folder.rows, lambda images, prompts: [0.1] * len(images), 3)
+    assert {line["ocr"] for line in lines_of(folder.path)} == {0.1}
 
 
 def test_a_killed_run_keeps_what_it_saved(tmp_path, flags, monkeypatch):
@@ -731,6 +766,115 @@ def test_folders_that_cannot_be_scored_are_refused_by_name(tmp_path, flags):
         score.command([str(good), str(empty)])
 
 
+def test_files_among_the_folders_are_passed_over(tmp_path, flags, capsys):
+    """As by the shell's output/images/*, where sample.py's compare.png lies."""
+    folders = [make_folder(tmp_path / x, ["red", "blue"], look=i) for i, x in enumerate("ab")]
+    (tmp_path / "compare.png").write_bytes(b"")
+    given = [str(x) for x in sorted(tmp_path.iterdir())]
+    options = ["--metrics", "aesthetic", "--device", "cpu", "--weights", *flags]
+    score.command([*given, *options])
+    assert f"{folders[0]} | {folders[1]} | minus the first |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at least one FOLDER"):
+        run(tmp_path / "compare.png")
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"guidance_scale": 1.0}, "guidance_scale 1.0 for 4.5"),
+        ({"sigmas": [1.0] * 99, "num_inference_steps": 4}, "sigmas, num_inference_steps 4 for 40"),
+        ({"seed": 1, "torch": "2.9.0"}, "seed 1 for 42, torch 2.9.0 for 2.14.1"),
+        ({"height": 64}, "height 64 for 512"),
+        ({"unheard_of": 1}, "unheard_of 1 for None"),
+    ],
+)
+def test_folders_of_other_protocols_are_compared_only_by_a_flag(
+    changed, named, tmp_path, flags, capsys
+):
+    """What differs beyond the weights stands under the table and in scores.json."""
+    a = make_folder(tmp_path / "a", ["red", "blue"])
+    b = make_folder(tmp_path / "b", ["red", "blue"], look=1, **changed)
+    options = {"metrics": ("aesthetic",), "weights": flags}
+    with pytest.raises(ValueError, match=f"{named}. --across_protocols") as error:
+        run(a, b, **options)
+    assert str(a) in str(error.value) and str(b) in str(error.value)
+    assert not (b / "scores.jsonl").exists()
+    out = run(a, b, across_protocols=True, capsys=capsys, **options)
+    assert out.splitlines()[-1] == f"{b} differs by more than weights: {named}."
+    minus = json.loads((b / "scores.json").read_text())["minus"]
+    assert minus["unlike"] == {x: [PROTOCOL.get(x), changed[x]] for x in changed}
+
+
+def test_the_table_says_under_which_protocol_and_names_other_packages(tmp_path, flags, capsys):
+    a = make_folder(tmp_path / "a", ["red", "blue"])
+    b = make_folder(tmp_path / "b", ["red", "blue"], look=1, torch="2.9.0")
+    out = run(a, b, metrics=("aesthetic",), weights=flags, capsys=capsys)
+    footer = "guidance_scale 4.5, num_inference_steps 40, height 512, width 512, "
+    footer += "max_sequence_length 77, seed 42, mixed_precision bf16. Our scorers: float32."
+    assert footer in out and f"{b} differs by more than weights: torch 2.9.0 for 2.14.1." in out
+    assert "differs" not in run(a, metrics=("aesthetic",), weights=flags, capsys=capsys)
+    (b / "protocol.json").unlink()
+    with pytest.raises(ValueError, match="b has no protocol.json"):
+        run(a, b, metrics=("aesthetic",), weights=flags)
+
+
+def test_a_set_that_is_not_the_paper_s_gets_no_difference_from_it(tmp_path, flags, capsys):
+    """200 prompts, 5 images of each, 40 steps, guidance 4.5 and 512 pixels are."""
+    prompts = [f"prompt {i}" for i in range(200)]
+    whole = np.arange(1000) / 1000
+    own = PROTOCOL
+    for size, protocol, why in (
+        ("200 x 5", own, ""),
+        ("200 x 4", own, "prompts x images 200 x 4, there 200 x 5"),
+        ("199 x 5", own, "prompts x images 199 x 5, there 200 x 5"),
+        ("200 prompts, 999 images", own, "prompts x images 200 prompts, 999 images, there 200 x 5"),
+        ("200 x 5", own | {"guidance_scale": 1.0}, "guidance_scale 1.0, there 4.5"),
+        ("200 x 5", own | {"num_inference_steps": 10}, "num_inference_steps 10, there 40"),
+    ):
+        n = {"200 x 4": 800, "199 x 5": 995, "200 prompts, 999 images": 999}.get(size, 1000)
+        names = np.array(prompts).repeat(n // 200 if n == 800 else 5)[:n]
+        row = score.compare("pickscore", [Column(whole[:n], names, np.full(n, ""))])
+        notes: list[str] = []
+        cells = score.against_paper(row, 3, protocol, notes)
+        assert row.size == size and cells[:3] == ["22.34", "22.71", "22.86"]
+        if why:
+            expected = [f"pickscore is not set against the paper's base: {why}."]
+            assert cells[3] == "" and notes == expected
+        else:
+            assert cells[3] == f"{whole.mean() - 22.34:+.3f}" and not notes
+    folder = make_folder(tmp_path / "a", ["red", "blue"])
+    options = {"metrics": ("aesthetic",), "weights": flags, "capsys": capsys}
+    out = run(folder, check_base=True, **options)
+    assert "| aesthetic | 2 x 2 |" in out and "5.36 | 5.35 | 5.46 |  |" in out
+    assert "2 x 2, there 200 x 5" in out
+    assert json.loads((folder / "scores.json").read_text())["metrics"]["aesthetic"]["of"] == "2 x 2"
+
+
+def offline(monkeypatch, cache: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_missing_weights_are_named_all_at_once_with_the_flag(tmp_path, flags, monkeypatch):
+    """Before any model is loaded; also those of which the cache has the config alone."""
+    offline(monkeypatch, tmp_path / "cache")
+    folder = make_folder(tmp_path / "a", ["red", "blue"])
+    kept = [x for x in flags if x.startswith((CLIP_L, AESTHETIC))]
+    words = ["--metrics", "aesthetic", "pickscore", "imagereward", "--weights", *kept]
+    named = f"hub: {PICKSCORE}, {CLIP_H}, {IMAGE_REWARD}, {BERT}. .*--weights ID=PATH"
+    with pytest.raises(SystemExit, match=named):
+        score.command([str(folder), *words])
+    assert not (folder / "scores.jsonl").exists()
+    for name in (PICKSCORE, CLIP_H):
+        cached = tmp_path / "cache" / ("models--" + name.replace("/", "--"))
+        (cached / "snapshots/0123").mkdir(parents=True)
+        (cached / "snapshots/0123/config.json").write_text('{"model_type": "clip"}')
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text("0123")
+    with pytest.raises(SystemExit, match=f"pickscore needs {PICKSCORE}.*--weights ID=PATH"):
+        score.command([str(folder), "--metrics", "pickscore"])
+
+
 # --- GenEval ------------------------------------------------------------------------------------
 
 TASKS = {"a bench": "single_object", "a cat": "single_object"}
@@ -747,27 +891,31 @@ def write_results(folder: Path, verdicts: list[bool], start: str = "/elsewhere/i
     (folder / "results.jsonl").write_text("".join(reversed(lines)))
 
 
-def test_geneval_is_the_official_overall_score(tmp_path, capsys):
-    """summary_scores.py: the mean over tasks of the share of correct images."""
-    folders = [make_folder(tmp_path / x, list(TASKS), 4) for x in "ab"]
-    first = [True, True, False, False, True, True, True, False]
-    first += [True, False, False, False, True, True, True, True]
+def test_geneval_is_the_official_overall_score_where_prompts_repeat_unevenly(tmp_path, capsys):
+    """summary_scores.py: the mean over tasks of the share of correct images. Its mean over prompts
+    first, a difference of 0.1 here, would be another number."""
+    prompts = ["a bench"] * 4 + ["a cat"] + ["two dogs"] * 2 + ["two cats"] * 3
+    folders = [make_folder(tmp_path / x, prompts, 1) for x in "ab"]
+    first = [True, True, True, False, False, True, False, False, False, False]
     write_results(folders[0], first)
-    write_results(folders[1], [True] * 16)
+    write_results(folders[1], [True] * 10)
     out = run(*folders, metrics=("geneval",), check_base=True, capsys=capsys)
-    single, counting = np.mean(first[:8]), np.mean(first[8:])
-    overall = (single + counting) / 2
+    single, counting = 3 / 5, 1 / 5
     metrics = json.loads((folders[0] / "scores.json").read_text())["metrics"]
-    assert metrics["geneval"]["mean"] == pytest.approx(overall)
-    assert metrics["geneval single_object"]["mean"] == pytest.approx(single)
-    assert metrics["geneval counting"]["mean"] == pytest.approx(counting)
-    spreads = [np.var(means, ddof=1) / 2 for means in ([0.5, 0.75], [0.25, 1])]
-    task = metrics["geneval single_object"]["standard_error"]
-    assert task == pytest.approx(spreads[0] ** 0.5)
-    assert metrics["geneval"]["standard_error"] == pytest.approx(sum(spreads) ** 0.5 / 2)
+    means = {x: metrics[x]["mean"] for x in metrics}
+    expected = {"geneval": (single + counting) / 2}
+    expected |= {"geneval single_object": single, "geneval counting": counting}
+    assert means == pytest.approx(expected)
+    sizes = [metrics[x]["of"] for x in expected]
+    assert sizes == ["4 prompts, 10 images, 2 tasks", "2 prompts, 5 images", "2 prompts, 5 images"]
+    # Of each prompt: the correct images less what they would be at the task's mean
+    off = [[3 - 4 * single, 0 - single], [1 - 2 * counting, 0 - 3 * counting]]
+    variances = [2 * np.sum(np.square(x)) / 5**2 for x in off]
+    errors = [metrics[x]["standard_error"] for x in expected]
+    assert errors == pytest.approx([sum(variances) ** 0.5 / 2, *np.sqrt(variances)])
     row = next(line for line in out.splitlines() if line.startswith("| geneval |"))
-    assert "0.63 | 0.7 | 0.78" in row and f"{overall - 0.63:+.3f}" in row
-    assert f"{1 - overall:+.3f}" in row
+    assert row.endswith("| 0.63 | 0.7 | 0.78 |  |") and f"{1 - expected['geneval']:+.3f}" in row
+    assert "4 prompts, 10 images, 2 tasks, there 553 x 4, 6 tasks" in out
 
 
 def test_geneval_of_one_folder_leaves_the_other_s_cells_empty(tmp_path, flags, capsys):
@@ -776,12 +924,24 @@ def test_geneval_of_one_folder_leaves_the_other_s_cells_empty(tmp_path, flags, c
     write_results(folders[1], [True, False, True, True])
     out = run(*folders, metrics=("aesthetic",), weights=flags, capsys=capsys)
     row = next(line for line in out.splitlines() if line.startswith("| geneval |"))
-    assert row.startswith("| geneval |  | 0.750 (") and row.endswith("|  |")
+    assert row.startswith("| geneval | 4 x 1, 2 tasks |  | 0.750 (") and row.endswith("|  |")
     scorers_of = [json.loads((x / "scores.json").read_text())["scorers"] for x in folders]
     assert "geneval" in scorers_of[1] and "geneval" not in scorers_of[0]
     (folders[1] / "results.jsonl").unlink()
     assert "| geneval" not in run(*folders, metrics=("aesthetic",), weights=flags, capsys=capsys)
     assert not any("geneval" in line for line in lines_of(folders[1]))
+
+
+def test_geneval_of_other_tasks_is_not_paired(tmp_path):
+    """The same image, called counting in one folder and single_object in the other."""
+    folders = [make_folder(tmp_path / x, list(TASKS), 1) for x in "ab"]
+    for folder in folders:
+        write_results(folder, [True, False, True, True])
+    text = (folders[1] / "results.jsonl").read_text()
+    (folders[1] / "results.jsonl").write_text(text.replace('"counting"', '"single_object"', 1))
+    run(*folders, metrics=("geneval",))
+    summary = json.loads((folders[1] / "scores.json").read_text())
+    assert summary["minus"]["metrics"] == {} and summary["metrics"].keys() > {"geneval counting"}
 
 
 def test_geneval_of_other_images_or_prompts_is_refused(tmp_path):
@@ -798,50 +958,132 @@ def test_geneval_of_other_images_or_prompts_is_refused(tmp_path):
         run(folder, metrics=("geneval",))
 
 
+ATOMS = (
+    {"prompt": "a green cat", "atom_count": 3, "skills": ["count", "attribute", "object"]},
+    {"prompt": "two red pigs and a car", "atom_count": 5, "skills": ["count", "object", "count"]},
+    {"prompt": "six cows", "atom_count": 3, "skills": ["count", "object"]},
+)
+LISTS = [[0.5, 0.25, 1.0], [0.1, 0.9, 0.0], [0.3, 0.8]]
+
+
+def geneval2_folder(path: Path, images: int = 1, rows=ATOMS, **options) -> Path:
+    return make_folder(path, [row["prompt"] for row in rows], images, rows=rows, **options)
+
+
+def test_geneval2_is_soft_tifa_in_all_by_atom_skill_and_number_of_atoms(tmp_path, capsys):
+    """Of 100: the mean over prompts of the geometric mean over atoms, and of the mean; single
+    atoms of a skill; a difference is paired by prompt."""
+    folders = [geneval2_folder(tmp_path / x, look=i) for i, x in enumerate("ab")]
+    (folders[0] / "score_lists.json").write_text(json.dumps(LISTS))
+    better = [[0.5, 0.5, 1.0], *LISTS[1:]]
+    (folders[1] / "score_lists.json").write_text(json.dumps(better))
+    out = run(*folders, metrics=("geneval2",), capsys=capsys)
+    metrics = json.loads((folders[0] / "scores.json").read_text())["metrics"]
+    geometric = [100 * 0.125 ** (1 / 3), 0, 100 * 0.24**0.5]
+    means = {x: metrics[x]["mean"] for x in metrics}
+    assert means == pytest.approx({
+        "geneval2": np.mean(geometric),
+        "geneval2 by atom": 100 * np.mean([1.75 / 3, 1.0 / 3, 1.1 / 2]),
+        "geneval2 count": 100 * np.mean([0.5, 0.1, 0.0, 0.3]),
+        "geneval2 attribute": 25,
+        "geneval2 object": 100 * np.mean([1, 0.9, 0.8]),
+        "geneval2 3 atoms": np.mean(geometric[::2]),
+        "geneval2 5 atoms": 0,
+    })  # fmt: skip
+    error = np.std(geometric, ddof=1) / 3**0.5
+    assert metrics["geneval2"]["standard_error"] == pytest.approx(error)
+    sizes = [metrics[f"geneval2{x}"]["of"] for x in ("", " by atom", " count", " 3 atoms")]
+    assert sizes == ["3 x 1", "3 x 1", "3 prompts, 4 atoms", "2 x 1"]
+    minus = json.loads((folders[1] / "scores.json").read_text())["minus"]["metrics"]
+    assert minus["geneval2 attribute"]["mean"] == pytest.approx(25)
+    assert minus["geneval2 object"]["mean"] == 0
+    assert "a user had 22 with guidance 4.5" in out
+    assert [line["geneval2"] for line in lines_of(folders[0])] == pytest.approx(geometric)
+
+
+def test_geneval2_writes_what_evaluation_reads_and_says_how_to_run_it(tmp_path):
+    """{prompt: file}, files by whole paths, for every folder without results."""
+    folders = [geneval2_folder(tmp_path / x) for x in "ab"]
+    with pytest.raises(ValueError, match="--image_filepath_data") as error:
+        run(*folders, metrics=("geneval2",))
+    for folder in folders:
+        paths = json.loads((folder / "geneval2_paths.json").read_text())
+        files = [str(folder / f"{i:05d}/samples/00000.png") for i in range(3)]
+        assert paths == dict(zip([row["prompt"] for row in ATOMS], files))
+        assert f"--output_file {folder / 'score_lists.json'}" in str(error.value)
+
+
+def test_geneval2_refuses_several_images_other_prompts_and_other_lists(tmp_path):
+    for folder, named in (
+        (geneval2_folder(tmp_path / "two", 2), "2 images of 'a green cat'.*per_prompt 1"),
+        (make_folder(tmp_path / "other", ["a", "b"], 1), "00000/metadata.jsonl has no skills"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            run(folder, metrics=("geneval2",))
+        assert not (folder / "geneval2_paths.json").exists()
+    folder = geneval2_folder(tmp_path / "a")
+    for lists, named in (
+        (LISTS[:2], "is of 2 prompts, .* of 3"),
+        (LISTS[::-1], "list of 'a green cat' has 2 numbers for 3 atoms"),
+        ([[0.5, 0.25, float("nan")], *LISTS[1:]], "has nan, no probability"),
+        ([[1, 0, 1], [0, 0, 0], [1, 1]], "has 1, no probability: give --method soft_tifa_gm"),
+        ([[0.5, 0.25, 1.5], *LISTS[1:]], "has 1.5, no probability"),
+    ):
+        (folder / "score_lists.json").write_text(json.dumps(lists))
+        with pytest.raises(ValueError, match=named):
+            run(folder, metrics=("geneval2",))
+    (folder / "score_lists.json").write_text("[[0.5,")
+    with pytest.raises(ValueError, match="score_lists.json: not JSON"):
+        run(folder, metrics=("geneval2",))
+
+
 # --- All of it ----------------------------------------------------------------------------------
 
 
 def test_a_folder_of_the_shapes_world_goes_through_every_metric(tmp_path, flags, paddle, capsys):
-    """sample.py draws from two transformers; one command scores both with all eight metrics."""
+    """sample.py draws lines of GenEval 2's form from two transformers; one command scores both."""
     prompts = [{"prompt": x, "tag": "colors"} for x in ('a red circle "on"', 'a blue square "off"')]
+    prompts = [row | {"atom_count": 2, "skills": ["object", "attribute"]} for row in prompts]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     model = MODEL["pretrained_model_name_or_path"]
-    sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": 1}
     other = Path(model, "transformer")
     done = launch(
         1, "sample.py", "--transformer", "base", str(other),
         prompts=file, output_dir=tmp_path / "out", **MODEL, **sizes,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    folders = sorted(x.parent for x in (tmp_path / "out").glob("*/samples.jsonl"))
-    assert len(folders) == 2
+    given = sorted((tmp_path / "out").iterdir())
+    folders = [x for x in given if x.is_dir()]
+    assert len(folders) == 2 and tmp_path / "out/compare.png" in given
     for folder in folders:
         lines = score.read_lines(folder / "samples.jsonl")
         results = [{"filename": f"x/{x['file']}", "tag": "colors", "correct": True} for x in lines]
         results = [r | {"prompt": x["prompt"]} for r, x in zip(results, lines)]
         text = "".join(json.dumps(result) + "\n" for result in results)
         (folder / "results.jsonl").write_text(text)
+        (folder / "score_lists.json").write_text("[[0.5, 0.75], [1.0, 0.25]]")
     metrics = (*score.MODEL_BASED, "ocr", "ocr_rapid")
-    out = run(
-        *folders, metrics=metrics, weights=flags, ocr_python=paddle, check_base=True, capsys=capsys
-    )
+    options = {"weights": flags, "ocr_python": paddle, "check_base": True, "capsys": capsys}
+    out = run(*given, metrics=metrics, **options)
     for folder in folders:
-        assert len(lines_of(folder)) == 4
+        assert len(lines_of(folder)) == 2
         for line in lines_of(folder):
-            assert all(math.isfinite(line[name]) for name in (*metrics, "geneval"))
+            assert all(math.isfinite(line[name]) for name in (*metrics, *score.READ))
         summary = json.loads((folder / "scores.json").read_text())
-        assert set(summary["metrics"]) == {*metrics, "geneval", "geneval colors"}
-        assert summary["images"] == 4 and summary["prompts"] == 2
+        assert {*metrics, *score.READ, "geneval colors"} < summary["metrics"].keys()
+        assert summary["images"] == summary["prompts"] == 2
     minus = json.loads((folders[1] / "scores.json").read_text())["minus"]["metrics"]
     assert all(minus[name]["mean"] == 0 for name in metrics)  # two names of one transformer
     for name in metrics:
-        published = score.PUBLISHED.get(name)
-        row = next(line for line in out.splitlines() if line.startswith(f"| {name} |"))
-        assert published is None or f"| {published[0]} | {published[1]} | {published[2]} |" in row
+        row = next(line for line in out.splitlines() if line.startswith(f"| {name} | 2 x 1 |"))
+        _, *published = score.PUBLISHED.get(name, ("", "", "", ""))
+        assert f"| {' | '.join(map(str, published))} |  |" in row
+    assert "guidance_scale 4.5, num_inference_steps 2, height 64" in out
 
 
-def test_the_command_reads_the_hub_s_cache(tmp_path, local):
+def test_the_command_reads_the_hub_s_cache(tmp_path, local, monkeypatch, capsys):
     """Without --weights the ids of the hub are read, here from a cache that is laid out as
     huggingface_hub lays it out; scores.json names the commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -857,11 +1099,9 @@ def test_the_command_reads_the_hub_s_cache(tmp_path, local):
         (cached / "refs").mkdir()
         (cached / "refs/main").write_text(commit)
     folder = make_folder(tmp_path / "a", PROMPTS)
-    command = [sys.executable, "-m", "experiments.score", str(folder), "--device", "cpu"]
-    command += ["--metrics", "pickscore", "hpsv2", "imagereward"]
-    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| pickscore |" in done.stdout and "pickscore of" in done.stderr
+    offline(monkeypatch, tmp_path / "cache")
+    score.command([str(folder), "--metrics", "pickscore", "hpsv2", "imagereward"])
+    out, err = capsys.readouterr()
+    assert "| pickscore |" in out and "pickscore of" in err
     identity = json.loads((folder / "scores.json").read_text())["scorers"]["pickscore"]
     assert identity == f"{PICKSCORE} commit {commit}; {CLIP_H} commit {commit}"
