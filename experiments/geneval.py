@@ -128,11 +128,11 @@ def read_asked(folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def check_atoms(where: str, atoms: list, expected: int) -> None:
-    """Raises ValueError: not one probability for each atom."""
+    """Raises ValueError: not one number for each atom, a sum of probabilities of answers."""
     if len(atoms) != expected:
         raise ValueError(f"{where} has {len(atoms)} numbers for {expected} atoms: another order?")
     for x in atoms:
-        if not isinstance(x, float) or not 0 <= x < 1.001:
+        if not isinstance(x, float) or not 0 <= x < np.inf:
             raise ValueError(f"{where} has {x}, no probability: give --method soft_tifa_gm")
 
 

@@ -90,8 +90,8 @@ PUBLISHED = {
     "clipscore": ("200 x 5", 0.285, 0.295, 0.295),
 }
 GENEVAL2_BASE = (
-    "geneval2: no paper has the base at these settings; a user had 22 with guidance 4.5, 40 steps, "
-    "512 pixels, 256 tokens (Tencent-Hunyuan/UniRL, issue 221)."
+    "geneval2: for the base one figure was found, 22, with guidance 4.5, 40 steps, 512 pixels, 256 "
+    "tokens: a developer's, not a paper's (Tencent-Hunyuan/UniRL, issue 221)."
 )
 PAPER = {"guidance_scale": 4.5, "num_inference_steps": 40, "height": 512, "width": 512}
 WEIGHTS = ("from", "transformer", "lora")  # keys of protocol.json that a comparison is about

@@ -4,7 +4,6 @@ All models run in float32 through transformers. Weights come from the Hugging Fa
 where Weights is told that they are. Pickled files are read with weights_only=True: tensors and
 nothing else. Beside the CLIPs, two models are stored in the names of other packages, open_clip
 (HPS v2.1) and image-reward; the tensors are renamed here, so that neither package is needed.
-python -m experiments.check_scorers compares the values with those packages' own.
 """
 
 import base64
@@ -225,7 +224,7 @@ class Hpsv2:
     Source: hpsv2/img_score.py of tgxs002/HPSv2, and flow_grpo/hpsv2_scorer.py of
     NVlabs/DiffusionNFT, also its resizing: bicubic, in float. The file holds open_clip's tensors.
     open_clip's tokenizer straightens typographic quotes and decodes HTML, transformers' does not;
-    DrawBench has neither (python -m experiments.check_scorers --prompts FILE compares).
+    DrawBench has neither.
     """
 
     SOURCES = (HPS, CLIP_H)

@@ -997,7 +997,7 @@ def test_geneval2_is_soft_tifa_in_all_by_atom_skill_and_number_of_atoms(tmp_path
     minus = json.loads((folders[1] / "scores.json").read_text())["minus"]["metrics"]
     assert minus["geneval2 attribute"]["mean"] == pytest.approx(25)
     assert minus["geneval2 object"]["mean"] == 0
-    assert "a user had 22 with guidance 4.5" in out
+    assert "one figure was found, 22, with guidance 4.5" in out
     assert [line["geneval2"] for line in lines_of(folders[0])] == pytest.approx(geometric)
 
 
@@ -1027,7 +1027,7 @@ def test_geneval2_refuses_several_images_other_prompts_and_other_lists(tmp_path)
         (LISTS[::-1], "list of 'a green cat' has 2 numbers for 3 atoms"),
         ([[0.5, 0.25, float("nan")], *LISTS[1:]], "has nan, no probability"),
         ([[1, 0, 1], [0, 0, 0], [1, 1]], "has 1, no probability: give --method soft_tifa_gm"),
-        ([[0.5, 0.25, 1.5], *LISTS[1:]], "has 1.5, no probability"),
+        ([[0.5, 0.25, -0.5], *LISTS[1:]], "has -0.5, no probability"),
     ):
         (folder / "score_lists.json").write_text(json.dumps(lists))
         with pytest.raises(ValueError, match=named):
