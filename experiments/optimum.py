@@ -11,22 +11,24 @@ before, not v*(z_hat, sigma_next). The exact flow is therefore no stationary poi
 for K to infinity or lambda N = 0. A guided rollout moves the target by
 (w - 1) (v_cond - v_uncond) (sigma_next - sigma) / sigma_next more, against guidance.
 
-The world: c ~ N(0, 1) and z0 = c + data_std n; without a condition z0 = data_std n, and that is
-what guidance steers away from, the velocity at c = 0. Velocities are v(z, sigma, c) = a(sigma) z +
-b(sigma) c. At each level the loss is a linear regression, over the base terms of that level and the
-auxiliary terms that land on it, made by the current velocity: the optimum is the fixed point. All
-of a term is linear in (c, n, z1, path noise, path z1), so soar.py's own functions are run on the
-coefficients of these, and only t and sigma_aux are left to integrate, by quadrature: no sampling.
+The world: a prompt c ~ N(0, 1) and z0 = c + data_std n. The empty prompt is the marginal over c,
+N(0, 1 + data_std^2), with its exact velocity a(sigma) z: without caption dropout nothing trains it.
+With a prompt v(z, sigma, c) = a(sigma) z + b(sigma) c. At each level the loss is a linear
+regression, over the base terms of that level and the auxiliary terms that land on it, made by the
+current velocity: the optimum is the fixed point. All of a term is linear in (c, n, z1, path noise,
+path z1), so soar.py's own functions are run on the coefficients of these, and only t and sigma_aux
+are left to integrate, by quadrature: no sampling.
 
 Printed, for samples of 40 and 200 Euler steps: the mean's gain, E[sample | c] / c, and the standard
-deviation over the data's. The exact flow has gain w and 1, but for the error of its Euler steps.
+deviation over the data's. At guidance 1 the exact flow has 1 and 1, but for the error of its Euler
+steps. The rows without a condition are of a world that has none: z0 = data_std n, unguided.
 """
 
 import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ from soar import (
     t_from_sigma,
 )
 
+Uncond = Literal["marginal", "trained", "point"]
 TOP = 14.0  # the highest level's logit; at level 1 itself every term has the exact flow for optimum
 
 
@@ -54,6 +57,9 @@ class Args:
     """Of the data, given c."""
     json: bool = False
     """Print one JSON object per line, one line per row."""
+    uncond: Uncond = "marginal"
+    """The velocity without a prompt: of the marginal over c, exact; the same trained by SOAR, as by
+    any caption dropout; or, for comparison, that of the single prompt c = 0."""
     mislabelled: bool = False
     """The mistake of a port: the state stands (sigma_aux - sigma_next) / (sigma_upper - sigma_next)
     of the way to z1, but its level is said to be sigma_aux."""
@@ -70,12 +76,13 @@ class Args:
 
 @dataclass(frozen=True)
 class LinearVelocity:
-    """The exact flow of the Gaussian world, and differences from it at levels, linear between."""
+    """The exact flow of N(c, data_std^2), and differences from it at levels, linear between."""
 
     data_std: float
     conditional: bool = True
     logits: Tensor | None = None  # (L,) logit of sigma, ascending; None: the exact flow
     differences: Tensor | None = None  # (L, 2), of a and b
+    uncond: "LinearVelocity | None" = None  # what guidance starts from; None: this one at c = 0
 
     def __call__(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """a and b at levels sigma, any shape, float64. Levels below the lowest one, which nothing
@@ -91,6 +98,10 @@ class LinearVelocity:
         more = more * (trained & (sigma < 1))[..., None]
         return a + more[..., 0], b + more[..., 1]
 
+    def slope_uncond(self, sigma: Tensor, a: Tensor) -> Tensor:
+        """The velocity without a prompt is this times z; a is this velocity's own at sigma."""
+        return a if self.uncond is None else self.uncond(sigma)[0]
+
 
 def place(sigma: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Between which two levels sigma lies: the index of the first, the weight of the second."""
@@ -100,13 +111,21 @@ def place(sigma: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return index, (x - low) / (high - low)
 
 
+def exact_flow(data_std: float, conditional: bool = True, uncond="marginal") -> LinearVelocity:
+    marginal = LinearVelocity(math.hypot(1, data_std), conditional=False)
+    other = conditional and uncond != "point"
+    return LinearVelocity(data_std, conditional, uncond=marginal if other else None)
+
+
 def sampled(velocity: LinearVelocity, steps: int, guidance: float, shift: float = 3.0) -> tuple:
     """Mean gain, E[sample | c] / c, and standard deviation over the data's, by Euler steps."""
     sigmas = sigma_from_t(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
     a, b = velocity(sigmas[:-1])
+    a_uncond = velocity.slope_uncond(sigmas[:-1], a)
+    slopes = a_uncond + guidance * (a - a_uncond)
     gain, std = 0.0, 1.0  # the state is gain c + std z1
     lengths = sigmas[1:] - sigmas[:-1]
-    for d, slope, pull in zip(lengths.tolist(), a.tolist(), b.tolist()):
+    for d, slope, pull in zip(lengths.tolist(), slopes.tolist(), b.tolist()):
         gain += d * (slope * gain + guidance * pull)
         std += d * slope * std
     return gain, abs(std) / velocity.data_std
@@ -169,8 +188,7 @@ class Problem:
     """All that stays the same from one iteration to the next."""
 
     config: SoarConfig
-    data_std: float
-    conditional: bool
+    flow: LinearVelocity
     mislabelled: bool
     sigma_aux: Tensor  # (L,)
     base: Tensor  # (L, 1) weight
@@ -178,7 +196,7 @@ class Problem:
     t: Tensor  # (L, Q)
 
 
-def make_problem(config, data_std, conditional, mislabelled, levels, nodes) -> Problem:
+def make_problem(config, flow: LinearVelocity, mislabelled, levels, nodes) -> Problem:
     lowest = math.log(config.shift) + math.log(config.t_min / (1 - config.t_min))
     middle, few = max(lowest + 1, 4.0), levels // 8  # near noise little changes
     logits = torch.cat([
@@ -190,7 +208,7 @@ def make_problem(config, data_std, conditional, mislabelled, levels, nodes) -> P
     largest = torch.cat(logs, 1).max(1, keepdim=True).values
     base, ode, stochastic = ((x - largest).exp() for x in logs)
     paths = [("ode", ode), (config.sde_type, stochastic)][: config.num_rollout_paths]
-    return Problem(config, data_std, conditional, mislabelled, sigma_aux, base, tuple(paths), t)
+    return Problem(config, flow, mislabelled, sigma_aux, base, tuple(paths), t)
 
 
 def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
@@ -199,11 +217,13 @@ def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
 
     A row of five numbers stands for a combination of c, n, z1, path noise, path z1."""
     config, shape = problem.config, problem.t.shape
-    t, a, b = problem.t.flatten(), a.flatten()[:, None], b.flatten()[:, None]
+    a_uncond = problem.flow.slope_uncond(sigma_from_t(problem.t, config.shift), a)
+    t, *slopes = (x.flatten() for x in (problem.t, a, b, a_uncond))
+    a, b, a_uncond = (x[:, None] for x in slopes)
     rows = torch.eye(5, dtype=torch.float64)[:, None].expand(5, len(t), 5)
     c, n, z1, path_noise, path_z1 = rows
-    c = problem.conditional * c
-    z0 = c + problem.data_std * n
+    c = problem.flow.conditional * c
+    z0 = c + problem.flow.data_std * n
     t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
     sigma, sigma_next = (sigma_from_t(x, config.shift) for x in (t, t_next))
     sigma_aux = problem.sigma_aux[:, None].expand(shape).flatten()
@@ -217,7 +237,7 @@ def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     ideal = interpolate(z0[levels], z1[levels], problem.sigma_aux)
     moments = problem.base * products(ideal, (z1 - z0)[levels])
     z = interpolate(z0, z1, sigma)
-    v = guided_velocity(a * z, a * z + b * c, config.guidance_scale)
+    v = guided_velocity(a_uncond * z, a * z + b * c, config.guidance_scale)
     options = {"noise_scale": config.sde_noise_scale, "shift": config.shift}
     for kind, weight in problem.paths:
         options |= {"kind": kind, "noise": None if kind == "ode" else path_noise}
@@ -239,7 +259,7 @@ def products(z: Tensor, target: Tensor) -> Tensor:
 def solved(moments: Tensor, problem: Problem) -> Tensor:
     """The normal equations' a and b, (L, 2); b is 0 where there is no condition."""
     zz, zc, cc, zv, cv = moments.unbind(-1)
-    if not problem.conditional:
+    if not problem.flow.conditional:
         return torch.stack([zv / zz, torch.zeros_like(zz)], -1)
     determinant = zz * cc - zc**2
     a = (cc * zv - zc * cv) / determinant
@@ -261,21 +281,21 @@ def jacobian(best: Tensor, a: Tensor, b: Tensor, index: Tensor, weight: Tensor) 
 
 
 def solve(
-    config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
+    config: SoarConfig, flow: LinearVelocity, mislabelled: bool = False,
     levels: int = 250, nodes: int = 24, iterations: int = 100, tolerance: float = 1e-6,
 ) -> LinearVelocity:
     """SOAR's optimum: where training from the exact flow, at an equal rate for all levels, comes to
     rest. That path is followed by implicit steps, each twice as long as the last, so that it ends
     in Newton's. Raises ValueError: it does not come to rest."""
-    problem = make_problem(config, data_std, conditional, mislabelled, levels, nodes)
+    problem = make_problem(config, flow, mislabelled, levels, nodes)
     logits = torch.logit(problem.sigma_aux)
-    exact = torch.stack(LinearVelocity(data_std, conditional)(problem.sigma_aux), -1)
+    exact = torch.stack(flow(problem.sigma_aux), -1)
     sigma = sigma_from_t(problem.t, config.shift)
     index, weight = place(sigma, logits)
     differences = torch.zeros_like(exact)
     length = 1.0
     for _ in range(iterations):
-        velocity = LinearVelocity(data_std, conditional, logits, differences)
+        velocity = replace(flow, logits=logits, differences=differences)
         a, b = (x.requires_grad_(True) for x in velocity(sigma))
         best = regress(problem, a, b)
         change = (best - exact).detach() - differences
@@ -339,9 +359,10 @@ def guided_error(sigma: Tensor, config: SoarConfig, data_std: float) -> Tensor:
     c, n, z1 = torch.eye(3, dtype=torch.float64)[:, None].expand(3, len(sigma), 3)
     z0 = c + data_std * n
     z = interpolate(z0, z1, sigma)
-    a, b = LinearVelocity(data_std)(sigma)
-    v_uncond = a[:, None] * z
-    v = guided_velocity(v_uncond, v_uncond + b[:, None] * c, config.guidance_scale)
+    flow = exact_flow(data_std)
+    a, b = (x[:, None] for x in flow(sigma))
+    v_uncond = flow.uncond(sigma)[0][:, None] * z
+    v = guided_velocity(v_uncond, a * z + b * c, config.guidance_scale)
     return ((v - (z1 - z0)) ** 2).sum(1)
 
 
@@ -373,12 +394,16 @@ def line_of(cells: list[str]) -> str:
 # --- Rows, tables, figure ---
 
 
-def rows_of(config: SoarConfig, data_std: float, mislabelled: bool = False) -> list[dict]:
+def rows_of(
+    config: SoarConfig, data_std: float, mislabelled: bool = False, uncond: Uncond = "marginal"
+) -> list[dict]:
     """What is sampled from the exact flow and from SOAR's optimum, with a condition and without."""
     rows = []
     for conditional in (True, False):
-        flow = LinearVelocity(data_std, conditional)
-        soar = solve(config, data_std, conditional, mislabelled)
+        flow = start = exact_flow(data_std, conditional, uncond)
+        if conditional and uncond == "trained":  # by the terms of dropped samples, all unguided
+            start = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
+        soar = solve(config, start, mislabelled)
         guidances = dict.fromkeys((1.0, float(config.guidance_scale))) if conditional else (1.0,)
         for objective, velocity in (("flow", flow), ("soar", soar)):
             for steps in (40, 200):
@@ -515,7 +540,7 @@ def main(args: Args) -> None:
         (args.sweep / "optimum.json").write_text(f"[\n{text}\n]\n")
         figure(args.sweep / "optimum.png")
         return
-    rows = rows_of(args.soar, args.data_std, args.mislabelled)
+    rows = rows_of(args.soar, args.data_std, args.mislabelled, args.uncond)
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
