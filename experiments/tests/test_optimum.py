@@ -1,8 +1,10 @@
 """experiments.optimum: its argument and its fixed points, through soar.py's own loss."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from experiments import optimum
 from experiments.optimum import (
     EDGES,
     Args,
-    LinearVelocity,
+    exact_flow,
     rows_of,
     sampled,
     shift_table,
@@ -26,22 +28,30 @@ BINS = 6
 
 
 def batch(config: SoarConfig, data_std: float, size: int, generator: torch.Generator):
-    """z0, draws, c, and no condition: of the Gaussian world."""
+    """z0, draws, the prompt and the empty one: of the Gaussian world."""
     c, n = torch.randn(2, size, 1, generator=generator, dtype=torch.float64)
     draws = draw((size, 1), config, generator)
     t = draws.t.double().clamp(min=config.t_min)  # float32's t_min is not float64's
-    return c + data_std * n, draws._replace(t=t), c, torch.zeros_like(c)
+    return c + data_std * n, draws._replace(t=t), {"c": c}, {}
 
 
-def callable_of(linear: LinearVelocity, tilt=None):
-    """As soar_terms takes it; tilt (2, BINS) is added to a and b, by the level's bin."""
+def slope_of(sigma, variance):
+    """E[z1 - z0 | z] is this times z where z0 ~ N(0, variance)."""
+    return (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
 
-    def velocity(z, sigma, c):
+
+def callable_of(linear, tilt=None):
+    """As soar_terms takes it, where the empty prompt is the marginal over prompts; tilt (2, BINS) is
+    added to a and b, by the level's bin."""
+
+    def velocity(z, sigma, prompt):
+        if not prompt:
+            return slope_of(sigma, 1 + linear.data_std**2)[:, None] * z
         a, b = linear(sigma)
         if tilt is not None:
             bins = (torch.logit(sigma) / 1.5 + BINS / 2).clamp(0, BINS - 1).long()
             a, b = a + tilt[0, bins], b + tilt[1, bins]
-        return a[:, None] * z + b[:, None] * c
+        return a[:, None] * z + b[:, None] * prompt["c"]
 
     return velocity
 
@@ -50,20 +60,20 @@ def soar_sum(velocity, config, *inputs):
     return sum(term.loss for term in soar_terms(velocity, *inputs, config))
 
 
-def port_sum(velocity, config, z0, draws, c, uncond):
+def port_sum(velocity, config, z0, draws, cond, uncond):
     """The loss of a port that interpolates by u to z1, but says that this is level sigma_aux."""
     z1, t, u = (x.double() for x in draws[:3])
     t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
     sigma, sigma_next = sigma_from_t(t), sigma_from_t(t_next)
     z = interpolate(z0, z1, sigma)
-    total = ((velocity(z, sigma, c) - (z1 - z0)) ** 2).sum()
-    v, v_uncond = (velocity(z, sigma, x).detach() for x in (c, uncond))
+    total = ((velocity(z, sigma, cond) - (z1 - z0)) ** 2).sum()
+    v, v_uncond = (velocity(z, sigma, x).detach() for x in (cond, uncond))
     v = v_uncond + config.guidance_scale * (v - v_uncond)
     z_hat = rollout_step(z, v, sigma, sigma_next)
     for weight in u[0]:
         label = sigma_next + weight * ((config.sigma_upper_ratio * sigma).clamp(max=1) - sigma_next)
         z_aux = torch.lerp(z_hat, z1, weight[:, None])
-        error = velocity(z_aux, label, c) - (z_aux - z0) / label[:, None]
+        error = velocity(z_aux, label, cond) - (z_aux - z0) / label[:, None]
         total = total + config.lambda_aux * (error**2).sum()
     return total / len(z0)
 
@@ -84,21 +94,21 @@ def scores(linear, config, data_std, loss=soar_sum, repeats=60, size=4000):
 def test_average_target_at_the_exact_flow_is_the_velocity_of_the_level_before(t, steps, data_std):
     """E[(z_hat - z0) / sigma_next | z_hat, c] = v*(z, sigma, c), not v*(z_hat, sigma_next, c)."""
     config = SoarConfig(num_aux_points=1, num_sampling_steps=steps, guidance_scale=1.0)
-    z0, draws, c, _ = batch(config, data_std, 100_000, seeded("before"))
+    z0, draws, cond, _ = batch(config, data_std, 100_000, seeded("before"))
     draws = draws._replace(t=torch.full_like(draws.t, t), u=torch.zeros_like(draws.u))
-    flow = LinearVelocity(data_std)
+    flow = exact_flow(data_std)
     calls = []
 
-    def recorded(z, sigma, c):
-        calls.append((z, sigma, callable_of(flow)(z, sigma, c).requires_grad_(True)))
+    def recorded(z, sigma, cond):
+        calls.append((z, sigma, callable_of(flow)(z, sigma, cond).requires_grad_(True)))
         return calls[-1][2]
 
-    *_, auxiliary = soar_terms(recorded, z0, draws, c, None, config, normalizer=1.0)
+    *_, auxiliary = soar_terms(recorded, z0, draws, cond, None, config, normalizer=1.0)
     auxiliary.loss.backward()
     (z, sigma, before), (z_hat, sigma_next, now) = calls
     target = (now - now.grad / 2).detach()  # the loss is (now - target)^2
     torch.testing.assert_close(target, (z_hat - z0) / sigma_next[:, None])
-    inputs = torch.cat([z_hat, c], 1)
+    inputs = torch.cat([z_hat, cond["c"]], 1)
 
     def scores_of(velocity):
         """Correlation of z_hat and of c with target - velocity, in standard errors."""
@@ -121,14 +131,101 @@ SETTINGS = [
 
 @pytest.mark.parametrize("data_std, settings", SETTINGS)
 def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(data_std, settings):
-    config = SoarConfig(**settings)
-    assert scores(solve(config, data_std), config, data_std).abs().max() < 4.5
-    assert scores(LinearVelocity(data_std), config, data_std).abs().max() > 6
+    config, flow = SoarConfig(**settings), exact_flow(data_std)
+    assert scores(solve(config, flow), config, data_std).abs().max() < 4.5
+    assert scores(flow, config, data_std).abs().max() > 6
+    if config.guidance_scale > 4:  # then it tells how the empty prompt is answered
+        point = solve(config, exact_flow(data_std, uncond="point"))
+        assert scores(point, config, data_std).abs().max() > 6
+
+
+def simulated(data_std, w, steps, size=30_000, bins=40, rounds=45):
+    """Gain and std at guidance 1, of regressions in bins of the level on simulated points, repeated
+    until they come to rest; rare levels are drawn more often and count less."""
+    rng, kept = np.random.default_rng(0), []
+    centres, more = np.linspace(-5.7, 6.0, bins), np.zeros((2, bins))
+    level, logit = (lambda t: 3 * t / (1 + 2 * t)), (lambda p: np.log(p / (1 - p)))
+
+    def velocity(p, more):
+        a = slope_of(p, data_std**2)
+        further = [np.interp(logit(p), centres, x) for x in more]
+        return a + further[0], -1 - a * (1 - p) + further[1]
+
+    for _ in range(rounds):
+        c, n, z1, x = rng.standard_normal((4, size))
+        x = 2 * x - 1.5
+        chance = np.exp(((x + 1.5) / 2) ** 2 / 2 - x**2 / 2)
+        z0, t = c + data_std * n, np.maximum(1 / (1 + np.exp(-x)), 1e-3)
+        sigma, end = level(t), level(np.maximum(t - 1 / steps, 1e-3))
+        z = (1 - sigma) * z0 + sigma * z1
+        (a, b), plain = velocity(sigma, more), slope_of(sigma, 1 + data_std**2)
+        z_hat = z + (end - sigma) * (plain * z + w * ((a - plain) * z + b * c))
+        points = [(sigma, z, z1 - z0)]
+        for u in rng.random((6, size)):
+            p = end + u * (1 - end)
+            z = z_hat + u * (z1 - z_hat)
+            points.append((p, z, (z - z0) / p))
+        levels, states, targets = map(np.concatenate, zip(*points))
+        weight, c = np.tile(chance, 7), np.tile(c, 7)
+        a, b = velocity(levels, 0 * more)
+        left = targets - a * states - b * c
+        nearest = np.rint((logit(levels) - centres[0]) / (centres[1] - centres[0]))
+        nearest = nearest.clip(0, bins - 1).astype(int)
+        pairs = ((states, states), (states, c), (c, c), (states, left), (c, left))
+        zz, zc, cc, zv, cv = (np.bincount(nearest, weight * x * y, bins) for x, y in pairs)
+        best = np.stack([cc * zv - zc * cv, zz * cv - zc * zv]) / (zz * cc - zc**2)
+        more = more + 0.3 * (best - more)
+        kept.append(more)
+
+    sigmas = level(1 - np.arange(201) / 200)
+    gain, std = 0.0, 1.0
+    a, b = velocity(np.minimum(sigmas[:-1], 1 - 1e-9), np.mean(kept[15:], 0))
+    for d, slope, pull in zip(np.diff(sigmas), a, b):
+        gain, std = gain + d * (slope * gain + pull), std + d * slope * std
+    return gain, std / data_std
+
+
+@pytest.mark.parametrize("data_std, w, steps", [(0.5, 4.5, 40), (1.0, 7.0, 20)])
+def test_fixed_point_is_that_of_a_simulation_by_least_squares(data_std, w, steps):
+    config = SoarConfig(guidance_scale=w, num_sampling_steps=steps)
+    flow, expected = exact_flow(data_std), simulated(data_std, w, steps)
+    assert sampled(solve(config, flow), 200, 1.0) == pytest.approx(expected, abs=0.02)
+    assert sampled(flow, 200, 1.0) != pytest.approx(expected, abs=0.05)
+    point = solve(config, exact_flow(data_std, uncond="point"))
+    assert sampled(point, 200, 1.0) != pytest.approx(expected, abs=0.05)
+
+
+def test_guided_samples_start_from_the_marginal_over_prompts():
+    """Gain and std of 200 guided Euler steps, from the two exact velocities."""
+    flow, w = exact_flow(0.5), 3.0
+    sigma = sigma_from_t(1 - torch.arange(201, dtype=torch.float64) / 200)
+    z, ends = torch.eye(2, dtype=torch.float64), []  # gain and std are those of c and of noise
+    for z, c in ((torch.zeros(1), 1.0), (torch.ones(1), 0.0)):
+        z = z.double()
+        for i in range(200):
+            prompt = {"c": torch.full((1, 1), c, dtype=torch.float64)}
+            v, v_uncond = (callable_of(flow)(z[:, None], sigma[i : i + 1], x)[0] for x in (prompt, {}))
+            z = z + (sigma[i + 1] - sigma[i]) * (v_uncond + w * (v - v_uncond))
+        ends.append(float(z))
+    assert sampled(flow, 200, w) == pytest.approx((ends[0], ends[1] / 0.5))
+
+
+def test_any_caption_dropout_trains_the_empty_prompt_as_an_unguided_world_without_prompts():
+    """Of dropped samples cond = uncond, so that the rollout's guidance cancels: z0 ~ N(0, 1.25)."""
+    rows = rows_of(SoarConfig(), 0.5, uncond="trained")
+    alone = rows_of(SoarConfig(guidance_scale=1.0), 1.25**0.5)[-1]["std"]
+    config, marginal = SoarConfig(), exact_flow(0.5).uncond
+    trained = solve(config, marginal)
+    assert sampled(trained, 200, 1.0)[1] == pytest.approx(alone, abs=1e-6)
+    both = solve(config, replace(exact_flow(0.5), uncond=trained))
+    soar = [row for row in rows if row["objective"] == "soar" and row["conditional"]]
+    expected = [x for steps in (40, 200) for w in (1.0, 4.5) for x in sampled(both, steps, w)]
+    assert [x for row in soar for x in (row["mean_gain"], row["std"])] == pytest.approx(expected)
 
 
 def test_gradient_of_the_mislabelled_loss_vanishes_at_its_own_fixed_point():
     config = SoarConfig(sigma_upper_ratio=1.5, guidance_scale=1.5, num_aux_points=2)
-    optima = [solve(config, 0.5, mislabelled=which) for which in (True, False)]
+    optima = [solve(config, exact_flow(0.5), mislabelled=which) for which in (True, False)]
     assert scores(optima[0], config, 0.5, port_sum).abs().max() < 4.5
     assert scores(optima[1], config, 0.5, port_sum).abs().max() > 10
 
@@ -139,15 +236,15 @@ def test_gradient_of_the_mislabelled_loss_vanishes_at_its_own_fixed_point():
 ])  # fmt: skip
 @pytest.mark.parametrize("conditional", [True, False])
 def test_fixed_point_is_the_exact_flow_at_the_limits(settings, conditional):
-    flow = LinearVelocity(0.5, conditional)
-    optimum = solve(SoarConfig(**settings), 0.5, conditional)
+    flow = exact_flow(0.5, conditional)
+    optimum = solve(SoarConfig(**settings), flow)
     expected = sampled(flow, 200, 4.5)
     assert sampled(optimum, 200, 4.5) == pytest.approx(expected, abs=1e-3)
 
 
 def test_fixed_point_depends_on_lambda_times_n_alone():
     pairs = [{"num_aux_points": n, "lambda_aux": 6 / n} for n in (1, 2, 3, 6)]
-    optima = [solve(SoarConfig(**pair), 0.5).differences for pair in pairs]
+    optima = [solve(SoarConfig(**pair), exact_flow(0.5)).differences for pair in pairs]
     for other in optima[1:]:
         torch.testing.assert_close(other, optima[0])
 
@@ -166,13 +263,15 @@ GRIDS = [
 @pytest.mark.parametrize("data_std, settings, mislabelled", GRIDS)
 def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings, mislabelled):
     config = SoarConfig(**settings)
+    tolerance = 0.003 if mislabelled else 0.001
     coarse, fine = (
-        solve(config, data_std, True, mislabelled, levels=250 * k, nodes=24 * k) for k in (1, 2)
+        solve(config, exact_flow(data_std), mislabelled, levels=250 * k, nodes=24 * k)
+        for k in (1, 2)
     )
     for steps in (40, 200):
         for guidance in (1.0, config.guidance_scale):
             expected = sampled(fine, steps, guidance)
-            assert sampled(coarse, steps, guidance) == pytest.approx(expected, abs=0.003)
+            assert sampled(coarse, steps, guidance) == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("settings", [
@@ -185,10 +284,10 @@ def test_shift_of_the_target_is_that_of_soar_terms(settings):
 
     def recorded(z, sigma, c):
         states.append((z, sigma))
-        return callable_of(LinearVelocity(0.5))(z, sigma, c)
+        return callable_of(exact_flow(0.5))(z, sigma, c)
 
-    z0, draws, c, uncond = batch(config, 0.5, 200_000, seeded("shift"))
-    list(soar_terms(recorded, z0, draws, c, uncond, config))
+    z0, draws, cond, uncond = batch(config, 0.5, 200_000, seeded("shift"))
+    list(soar_terms(recorded, z0, draws, cond, uncond, config))
     found = target_shift(config, 0.5)
     ideal = draws.z1 - z0
     points = states[-config.num_aux_points :]
@@ -207,7 +306,7 @@ def test_shift_of_the_target_is_that_of_soar_terms(settings):
 
 
 def test_exact_flow_samples_the_data_in_the_limit_of_small_steps():
-    assert sampled(LinearVelocity(0.3), 20_000, 2.0) == pytest.approx((2.0, 1.0), abs=1e-3)
+    assert sampled(exact_flow(0.3), 20_000, 1.0) == pytest.approx((1.0, 1.0), abs=1e-3)
 
 
 def test_json_has_a_row_per_sampled_guidance(capsys):
