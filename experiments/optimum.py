@@ -391,7 +391,18 @@ def line_of(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# --- Rows, tables, figure ---
+# --- Rows, table, figure ---
+
+
+def optimum(
+    config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
+    uncond: Uncond = "marginal",
+) -> LinearVelocity:  # fmt: skip
+    """What SOAR converges to."""
+    flow = exact_flow(data_std, conditional, uncond)
+    if conditional and uncond == "trained":  # by the terms of dropped samples, all unguided
+        flow = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
+    return solve(config, flow, mislabelled)
 
 
 def rows_of(
@@ -400,10 +411,8 @@ def rows_of(
     """What is sampled from the exact flow and from SOAR's optimum, with a condition and without."""
     rows = []
     for conditional in (True, False):
-        flow = start = exact_flow(data_std, conditional, uncond)
-        if conditional and uncond == "trained":  # by the terms of dropped samples, all unguided
-            start = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
-        soar = solve(config, start, mislabelled)
+        flow = exact_flow(data_std, conditional, uncond)
+        soar = optimum(config, data_std, conditional, mislabelled, uncond)
         guidances = dict.fromkeys((1.0, float(config.guidance_scale))) if conditional else (1.0,)
         for objective, velocity in (("flow", flow), ("soar", soar)):
             for steps in (40, 200):
@@ -430,100 +439,86 @@ def show(rows: list[dict]) -> None:
               f"{row['sampling_guidance']:8.3g}  {gain}  {row['std']:5.3f}")  # fmt: skip
 
 
-DATA_STDS = (0.2, 0.5, 1.0)
-SWEEP = {  # label: (settings that differ from the published ones, the port's mistake)
-    "published: K = 40, lambda = 1, N = 6": ({}, False),
-    "K = 20": ({"num_sampling_steps": 20}, False),
-    "K = 100": ({"num_sampling_steps": 100}, False),
-    "K = 1000": ({"num_sampling_steps": 1000}, False),
-    "lambda = 0.1": ({"lambda_aux": 0.1}, False),
-    "lambda = 0.3": ({"lambda_aux": 0.3}, False),
-    "lambda = 2": ({"lambda_aux": 2.0}, False),
-    "N = 1": ({"num_aux_points": 1}, False),
-    "N = 3": ({"num_aux_points": 3}, False),
-    "N = 1, lambda = 6": ({"num_aux_points": 1, "lambda_aux": 6.0}, False),
-    "ratio 1.5": ({"sigma_upper_ratio": 1.5}, False),
-    "ratio 1": ({"sigma_upper_ratio": 1.0}, False),
-    "M = 2, flow_sde": ({"num_rollout_paths": 2}, False),
-    "fresh z1": ({"shared_noise": False}, False),
-    "t_min = 1 / 40": ({"t_min": 0.025}, False),
-    "mislabelled, ratio 1.5": ({"sigma_upper_ratio": 1.5}, True),
-    "mislabelled, ratio 1": ({"sigma_upper_ratio": 1.0}, True),
-    "mislabelled, ratio 1, lambda 0.1": ({"sigma_upper_ratio": 1.0, "lambda_aux": 0.1}, True),
-}
-GUIDANCES = (1.0, 2.0, 4.5, 7.0)
+DATA_STDS = (0.1, 0.2, 0.5, 1.0)
+PUBLISHED = "published: K = 40, lambda = 1, N = 6, w = 4.5"
+SWEEP = {  # label: what differs from the published settings
+    PUBLISHED: {},
+    "w = 1, unguided": {"guidance_scale": 1.0},
+    "w = 2": {"guidance_scale": 2.0},
+    "w = 7": {"guidance_scale": 7.0},
+    "K = 20": {"num_sampling_steps": 20},
+    "K = 100": {"num_sampling_steps": 100},
+    "K = 100, w = 1": {"num_sampling_steps": 100, "guidance_scale": 1.0},
+    "lambda = 0.1": {"lambda_aux": 0.1},
+    "lambda = 0.1, w = 1": {"lambda_aux": 0.1, "guidance_scale": 1.0},
+    "lambda = 2": {"lambda_aux": 2.0},
+    "ratio 1": {"sigma_upper_ratio": 1.0},
+    "M = 2, flow_sde": {"num_rollout_paths": 2},
+    "fresh z1": {"shared_noise": False},
+    "t_min = 1 / 40": {"t_min": 0.025},
+    "caption dropout": {"uncond": "trained"},
+    "mislabelled, ratio 1.5": {"mislabelled": True, "sigma_upper_ratio": 1.5},
+    "mislabelled, ratio 1.5, w = 1": {
+        "mislabelled": True, "sigma_upper_ratio": 1.5, "guidance_scale": 1.0,
+    },
+    "mislabelled, ratio 1, lambda = 0.1": {
+        "mislabelled": True, "sigma_upper_ratio": 1.0, "lambda_aux": 0.1,
+    },
+    "the empty prompt is c = 0": {"uncond": "point"},
+}  # fmt: skip
+COLUMNS = ("std at 1", "gain at 1", "std at 4.5", "gain at 4.5")
 
 
-def sweep() -> list[dict]:
-    """rows_of, each with its label and rollout_guidance: all settings of SWEEP with unguided and
-    published rollouts, and the published one with all of GUIDANCES."""
-    made = []
-    for label, (settings, mislabelled) in SWEEP.items():
-        for w in GUIDANCES if not settings else (1.0, 4.5):
-            for data_std in DATA_STDS:
-                config = replace(SoarConfig(guidance_scale=w), **settings)
-                for row in rows_of(config, data_std, mislabelled):
-                    made.append({"setting": label, "rollout_guidance": w} | row)
-    return made
+def values(velocity: LinearVelocity) -> list[float]:
+    """COLUMNS, of samples of 200 steps."""
+    found = [sampled(velocity, 200, guidance) for guidance in (1.0, 4.5)]
+    return [round(x, 6) for gain, std in found for x in (std, gain)]
 
 
-def cell(rows: list[dict], key: str, **wanted) -> str:
-    """The three data_stds' values, at 200 steps and with a condition."""
-    wanted |= {"sampling_steps": 200, "conditional": True}
-    found = [row for row in rows if all(row[name] == x for name, x in wanted.items())]
-    values = {row["data_std"]: row[key] for row in found}
-    return " / ".join(f"{values[data_std]:.2f}" for data_std in DATA_STDS)
+def swept(label: str, data_std: float) -> list[float]:
+    settings = dict(SWEEP[label])
+    world = {name: settings.pop(name) for name in ("mislabelled", "uncond") if name in settings}
+    return values(optimum(SoarConfig(**settings), data_std, **world))
 
 
-def tables(rows: list[dict]) -> str:
-    """Two markdown tables: of all settings, and of the rollout's guidance."""
-    head = ["setting", "w = 1: std", "w = 4.5: std", "gain at guidance 1", "gain at 4.5"]
-    lines = [line_of(head), "| --- " + "| ---: " * 4 + "|"]
-    published = next(iter(SWEEP))
-    named = [("exact flow", "flow", published)]
-    named += [(label, "soar", label) for label in SWEEP]
-    for label, objective, setting in named:
-        at = {"objective": objective, "setting": setting}
-        cells = [label, cell(rows, "std", **at, rollout_guidance=1.0, sampling_guidance=1.0)]
-        at["rollout_guidance"] = 4.5
-        cells.append(cell(rows, "std", **at, sampling_guidance=1.0))
-        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=1.0))
-        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=4.5))
-        lines.append(line_of(cells))
-    head = ["rollout's w", "std", "gain at guidance 1", "gain at w"]
-    lines += ["", line_of(head), "| --- " + "| ---: " * 3 + "|"]
-    for w in GUIDANCES:
-        at = {"objective": "soar", "setting": published, "rollout_guidance": w}
-        cells = [f"{w:g}", cell(rows, "std", **at, sampling_guidance=1.0)]
-        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=1.0))
-        cells.append(cell(rows, "mean_gain", **at, sampling_guidance=w))
-        lines.append(line_of(cells))
+def sweep() -> dict[str, list[list[float]]]:
+    """{setting: COLUMNS at each of DATA_STDS}, and those of the exact flow."""
+    made = {"exact flow": [values(exact_flow(data_std)) for data_std in DATA_STDS]}
+    return made | {label: [swept(label, data_std) for data_std in DATA_STDS] for label in SWEEP}
+
+
+def table(made: dict) -> str:
+    """Markdown."""
+    lines = [line_of(["setting", *COLUMNS]), "| --- " + "| ---: " * len(COLUMNS) + "|"]
+    for label, rows in made.items():
+        cells = [" / ".join(f"{x:.2f}" for x in column) for column in zip(*rows)]
+        lines.append(line_of([label, *cells]))
     return "\n".join(lines) + "\n"
 
 
-def figure(path: Path, data_std: float = 0.5) -> None:
-    """Left: std against K at guidance 1. Right: gain at guidance w against w. 200 Euler steps."""
+def figure(path: Path) -> None:
+    """Left: std at guidance 1 over data_std. Right: gain at guidance w, data_std 1, over w."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    flow = LinearVelocity(data_std)
-    ks = [20, 28, 40, 56, 80, 113, 160, 320, 1000]
-    left.axhline(sampled(flow, 200, 1.0)[1], color="#777777", label="exact flow")
-    for w, style in ((1.0, "o-"), (2.0, "^-"), (4.5, "s-")):
-        optima = [solve(SoarConfig(num_sampling_steps=k, guidance_scale=w), data_std) for k in ks]
-        stds = [sampled(optimum, 200, 1.0)[1] for optimum in optima]
-        left.semilogx(ks, stds, style, ms=4, label=f"SOAR, rollout's w = {w:g}")
-    left.set(xlabel="K", ylabel="std over the data's", title="guidance 1")
-    ws = [1, 2, 3, 4, 5, 6, 7]
-    right.plot(ws, ws, color="#777777", label="exact flow")
-    for k, style in ((20, "o-"), (40, "s-"), (100, "^-")):
+    data_stds = np.geomspace(0.04, 2, 30).tolist()
+    flows = [exact_flow(data_std) for data_std in data_stds]
+    left.semilogx(data_stds, [sampled(x, 200, 1.0)[1] for x in flows], color="#777777")
+    for w, k, style in ((1.0, 40, "C0--"), (4.5, 40, "C1-"), (4.5, 100, "C2-")):
+        config = SoarConfig(num_sampling_steps=k, guidance_scale=w)
+        stds = [sampled(solve(config, flow), 200, 1.0)[1] for flow in flows]
+        left.semilogx(data_stds, stds, style, label=f"w = {w:g}, K = {k}")
+    left.set(xlabel="s", ylabel="std over the data's", title="spread at guidance 1")
+    ws, flow = [1, 2, 3, 4, 5, 6, 7], exact_flow(1.0)
+    right.plot(ws, [sampled(flow, 200, w)[0] for w in ws], color="#777777", label="exact flow")
+    for k, style in ((20, "C3-"), (40, "C1-"), (100, "C2-")):
         configs = [SoarConfig(num_sampling_steps=k, guidance_scale=w) for w in ws]
-        gains = [sampled(solve(x, data_std), 200, x.guidance_scale)[0] for x in configs]
-        right.plot(ws, gains, style, ms=4, label=f"SOAR, K = {k}")
-    right.set(xlabel="w, of rollout and sampling", ylabel="E[sample | c] / c", title="overshoot")
+        gains = [sampled(solve(x, flow), 200, x.guidance_scale)[0] for x in configs]
+        right.plot(ws, gains, style, label=f"K = {k}")
+    right.set(xlabel="w, of rollout and sampling", ylabel="E[sample | c] / c", title="gain, s = 1")
     for ax in (left, right):
         ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
@@ -533,11 +528,11 @@ def figure(path: Path, data_std: float = 0.5) -> None:
 
 def main(args: Args) -> None:
     if args.sweep is not None:
-        rows = sweep()
-        print(tables(rows), shift_table(), sep="\n", end="")
+        made = sweep()
+        print(table(made), shift_table(), sep="\n", end="")
         args.sweep.mkdir(parents=True, exist_ok=True)
-        text = ",\n".join(map(json.dumps, rows))
-        (args.sweep / "optimum.json").write_text(f"[\n{text}\n]\n")
+        text = ",\n".join(f'"{label}": {json.dumps(rows)}' for label, rows in made.items())
+        (args.sweep / "optimum.json").write_text(f"{{\n{text}\n}}\n")
         figure(args.sweep / "optimum.png")
         return
     rows = rows_of(args.soar, args.data_std, args.mislabelled, args.uncond)
