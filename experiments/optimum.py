@@ -313,7 +313,7 @@ def solve(
 # --- The size of the target's shift, for the exact flow ---
 
 EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of sigma_aux
-STEPS = (4, 10, 20, 40, 100, 1000)  # K
+STEPS = (10, 20, 40, 100)  # K
 
 
 def target_shift(config: SoarConfig, data_std: float, nodes: int = 200) -> dict:
@@ -452,6 +452,7 @@ SWEEP = {  # label: what differs from the published settings
     "lambda = 0.1": {"lambda_aux": 0.1},
     "lambda = 0.1, w = 1": {"lambda_aux": 0.1, "guidance_scale": 1.0},
     "lambda = 2": {"lambda_aux": 2.0},
+    "ratio 1.5": {"sigma_upper_ratio": 1.5},
     "ratio 1": {"sigma_upper_ratio": 1.0},
     "M = 2, flow_sde": {"num_rollout_paths": 2},
     "fresh z1": {"shared_noise": False},

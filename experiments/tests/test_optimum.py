@@ -158,8 +158,8 @@ def simulated(data_std, w, steps, size=30_000, rounds=45):
 
     for _ in range(rounds):
         c, n, z1, x = rng.standard_normal((4, size))
+        weight = np.exp(x**2 / 2 - (2 * x - 1.5) ** 2 / 2)
         x = 2 * x - 1.5
-        weight = np.exp(((x + 1.5) / 2) ** 2 / 2 - x**2 / 2)
         z0 = c + data_std * n
         t = np.maximum(1 / (1 + np.exp(-x)), 1e-3)
         sigma = shifted(t)
