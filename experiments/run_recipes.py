@@ -40,11 +40,15 @@ SCRIPTS = {  # name: script, heading of the page, other arguments
 
 
 def blocks(page: str) -> dict[str, list[str]]:
-    """The Python blocks of the page by the heading that they stand under."""
+    """The Python blocks of the page by the heading that they stand under; of a diff the new code."""
     found: dict[str, list[str]] = {}
     heading = ""
-    for title, text in re.findall(r"^#+ ([^\n]*)$|^```python\n(.*?)^```$", page, re.M | re.S):
+    pattern = r"^#+ ([^\n]*)$|^```(python|diff)\n(.*?)^```$"
+    for title, language, text in re.findall(pattern, page, re.M | re.S):
         heading = title or heading
+        if language == "diff":
+            new = [line[1:] for line in text.splitlines() if not line.startswith("-")]
+            text = "\n".join(new) + "\n"
         if text:
             found.setdefault(heading, []).append(text)
     return found
@@ -62,7 +66,7 @@ def edited(script: str, heading: str, *, self_test: bool) -> str:
     script = script.replace(BEFORE, textwrap.indent(shared + before, " " * 4) + BEFORE)
     start, end = script.index(FIRST), script.index(LAST)
     if self_test:
-        (check,) = page["The self-test"]
+        (check,) = page["Their self-test"]
         return script[:end] + textwrap.indent(inside + check, " " * 16) + script[end:]
     recipe = textwrap.indent(inside + loop, " " * 16)
     return script[:start] + recipe + script[end + len(LAST) :]

@@ -7,6 +7,7 @@ at that place. With lambda_aux = 0 it must equal the stub's own loss; the rollou
 of diffusers' pipeline. The trainers' real code is run by `python -m experiments.run_recipes`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.util
@@ -63,6 +64,7 @@ from sample import encode_images, encode_prompts, load_pipeline, load_transforme
 
 RECIPES = ROOT / "experiments" / "recipes.md"
 CHECKS = RECIPES.with_name("checks.md")
+FILES = RECIPES.with_name("recipes")
 TABLES = {"shift": RECIPES, "adapters": CHECKS, "port": CHECKS}  # where they stand
 BATCH = 2
 
@@ -594,6 +596,27 @@ def test_any_trainers_blocks_are_its_loss_at_lambda_zero(any_trainer, lambda_zer
     assert len(gradients(sd3_model.net)) > 10
 
 
+@pytest.mark.parametrize("sign, time, off", [(1, 1, False), (-1, 1, True), (1, 1e-3, True)])
+def test_the_self_test_of_any_trainer_sees_its_adapter(sign, time, off, any_trainer, capsys):
+    n, model = any_trainer, any_trainer["model"]
+    for block in PAGE["Any trainer"]:
+        exec(block, n)
+    z0, sigmas, n["noise"] = n["z0"], n["sigmas"], randn(5, *n["z0"].shape)
+    noisy = (1 - per_sample(sigmas, z0)) * z0 + per_sample(sigmas, z0) * n["noise"]
+    n["loss"] = F.mse_loss(model(noisy, 1000 * sigmas, n["cond"]), n["noise"] - z0)
+    n["velocity"] = lambda z, sigma, cond: sign * model(z, 1000 * time * sigma, cond)
+    exec(PAGE["The self-test"][0], n)
+    ratio = float(re.search(r"ratio ([\d.]+)$", capsys.readouterr().out, re.M)[1])
+    assert (abs(ratio - 1) > 1e-3) if off else (abs(ratio - 1) < 2e-6)
+
+
+def test_levels_from_0_to_1000_are_refused(any_trainer):
+    any_trainer["sample_levels"] = lambda n: torch.tensor([900.0, 200.0])
+    with pytest.raises(ValueError, match="200 to 900"):
+        for block in PAGE["Any trainer"]:
+            exec(block, any_trainer)
+
+
 def test_any_trainers_blocks_take_a_soar_step(any_trainer):
     calls = []
     sd3_model.net.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -604,31 +627,36 @@ def test_any_trainers_blocks_take_a_soar_step(any_trainer):
     torch.testing.assert_close(levels, torch.tensor([0.9, 0.2]))
 
 
-def lucid(z, sigma, cond):
-    return -sd3_model(z, 1 - sigma, cond)
+OTHERS = (  # a row of the page's table: the trainer's own error, of its prediction at (noisy, sigma)
+    lambda p, z0, z1: p - (z0 - z1),
+    lambda p, z0, z1: p - z0,
+    lambda p, z0, z1: p - z1,
+    lambda p, z0, z1: p - z0,
+)
+MODELS = re.search(r"<!-- models: .*?-->\n(.*?)<!-- end -->", RECIPES.read_text(), re.S)[1].splitlines()[2:]
 
 
-OTHERS = {  # block of "Other models": the trainer's own error, of its prediction at (noisy, sigma)
-    0: lambda p, z0, z1: p - (z0 - z1),
-    1: lambda p, z0, z1: p - z0,
-    2: lambda p, z0, z1: p - z1,
-    3: lambda p, z0, z1: p - z0,
-}
+def test_each_row_on_models_is_tried():
+    assert len(MODELS) == len(OTHERS)
 
 
-@pytest.mark.parametrize("i", OTHERS)
-def test_blocks_of_other_models_are_their_loss_at_lambda_zero(i, any_trainer, lambda_zero):
-    n = any_trainer | {"weighting": None, "z0": any_trainer["latents"]}
-    n["expand"] = lambda x: per_sample(x, n["z0"])
-    exec(PAGE["Other models"][i], n)
+@pytest.mark.parametrize("i", range(len(OTHERS)))
+def test_models_of_other_predictions_are_their_loss_at_lambda_zero(i, any_trainer, lambda_zero):
+    z0, cond, model = (any_trainer[x] for x in ("latents", "cond", "model"))
+    _, _, returned, weights, _ = re.split(r" ?\| ?", MODELS[i])
+    weighting = eval(weights.strip("`"), {}) if weights else None
+
+    def velocity(z, sigma, cond):
+        names = {"model": model, "z": z, "sigma": sigma, "cond": cond, "s": per_sample(sigma, z)}
+        return eval(returned.strip("`"), names)
+
     config = soar.SoarConfig(shift=1.0)
-    draws = soar.draw(n["z0"].shape, config, rng())._replace(t=torch.tensor([0.9, 0.2]))
-    arguments = (n["velocity"], n["z0"], draws, n["cond"], None, config)
-    (term,) = soar.soar_terms(*arguments, weighting=n["weighting"])
-    s = per_sample(draws.t, n["z0"])
+    draws = soar.draw(z0.shape, config, rng())._replace(t=torch.tensor([0.9, 0.2]))
+    (term,) = soar.soar_terms(velocity, z0, draws, cond, None, config, weighting=weighting)
+    s = per_sample(draws.t, z0)
     time = 1 - draws.t if i < 2 else draws.t
-    prediction = sd3_model((1 - s) * n["z0"] + s * draws.z1, time, n["cond"])
-    error = OTHERS[i](prediction, n["z0"], draws.z1) ** 2
+    prediction = sd3_model((1 - s) * z0 + s * draws.z1, time, cond)
+    error = OTHERS[i](prediction, z0, draws.z1) ** 2
     if i == 1:  # a velocity's error, not that of clean data: what lucidrains' loss compares
         error = error / s**2
     torch.testing.assert_close(term.loss, error.mean(), rtol=1e-5, atol=0)
@@ -647,7 +675,7 @@ def test_known_region_is_clean_in_every_call_and_free_elements_alone_count(sde_t
         return seen[-1]
 
     n = any_trainer | {"known": known, "z0": z0, "model": model}
-    exec(PAGE["Other models"][4], n)
+    exec(PAGE["Known regions"][0], n)
     config = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, sde_type=sde_type)
     draws = soar.draw(z0.shape, config, rng())
     arguments = (n["velocity"], z0, draws, n["cond"], n["cond"] * 0, config)
@@ -694,10 +722,10 @@ def test_wan_blocks_are_the_loss_and_keep_points_in_an_experts_range(any_trainer
 
 
 def test_every_python_block_is_run():
-    scripts = {cls.heading: 2 for cls in SCRIPTS} | {"diffusers' scripts": 2, "The self-test": 1}
-    others = {"Any trainer": 2, "Wan": 3, "Trainers with hooks": 1, "musubi-tuner": 1}
-    others |= {"ai-toolkit": 1, "SimpleTuner": 1, "sd-scripts": 1, "DiffSynth-Studio": 1}
-    others |= {"Other models": 5}
+    scripts = {cls.heading: 2 for cls in SCRIPTS} | {"diffusers' scripts": 2, "Their self-test": 1}
+    others = {"Any trainer": 2, "The self-test": 1, "DDP": 1, "Known regions": 1, "Wan": 3}
+    others |= {"ai-toolkit": 1, "SimpleTuner": 1, "OneTrainer": 2, "LTX-Video-Trainer": 1}
+    others |= {"diffusion-pipe": 1, "flow_matching": 2}
     assert {name: len(found) for name, found in PAGE.items()} == scripts | others
     assert list(blocks(CHECKS, "python")) == ["checks.md: Is the adapter right?"]
 
@@ -705,12 +733,25 @@ def test_every_python_block_is_run():
 # --- Trainers with hooks: a stub of what each trainer's method has, or is called with ---
 
 
+def recipe(monkeypatch, name, **modules):
+    """A file of recipes/, imported anew; modules, by their path with __ for a dot, are the trainer's."""
+    for path, names in modules.items():
+        path = path.replace("__", ".")
+        for package in [path[: x.start()] for x in re.finditer(r"\.", path)]:
+            monkeypatch.setitem(sys.modules, package, sys.modules.get(package, types.ModuleType(package)))
+        module = types.ModuleType(path)
+        module.__dict__.update(names)
+        monkeypatch.setitem(sys.modules, path, module)
+    module = types.ModuleType(name)
+    exec((FILES / f"{name}.py").read_text(), module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
 @pytest.fixture
 def hook(monkeypatch, any_trainer):
-    module = types.ModuleType("streamed")
-    exec(PAGE["Trainers with hooks"][0], module.__dict__)
-    monkeypatch.setitem(sys.modules, "streamed", module)
-    return any_trainer
+    recipe(monkeypatch, "streamed")
+    return any_trainer | {"patch": monkeypatch}
 
 
 def backward_of(model):
@@ -731,11 +772,34 @@ def test_streamed_gives_the_whole_loss_and_gradients(hook):
     loss.backward()
     found.append((loss.detach(), gradients(sd3_model.net)))
     sd3_model.net.zero_grad()
-    draws = soar.draw(z0.shape, config, rng())._replace(t=soar.t_from_sigma(sigmas))
+    draws = soar.with_levels(soar.draw(z0.shape, config, rng()), sigmas, config)
     loss = soar.soar_loss(velocity, z0, draws, hook["cond"], hook["cond"] * 0, config)
     loss.backward()
     found.append((loss.detach(), gradients(sd3_model.net)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backward, factor", [
+    (lambda loss: (2**16 * loss / 4).backward(), 1),
+    (lambda loss: (2**16 * loss).backward(), 4),  # without the division
+    (lambda loss: (loss / 4).backward(), 2**-16),  # without the scale
+])  # fmt: skip
+def test_whole_sees_a_backward_that_does_less_than_the_trainers_and_lambda_zero_does_not(backward, factor, hook):
+    velocity = lambda z, s, c: sd3_model(z, 1000 * s, c)  # noqa: E731
+    streamed = sys.modules["streamed"]
+
+    def norm(form, lambda_aux):
+        """Of the gradients of a trainer with a GradScaler and four micro-batches."""
+        sd3_model.net.zero_grad()
+        config = soar.SoarConfig(lambda_aux=lambda_aux)
+        call = (velocity, hook["latents"], torch.tensor([0.9, 0.2]), hook["cond"], hook["cond"] * 0)
+        loss = form(backward, *call, config, rng())
+        (2**16 * loss / 4).backward()
+        return sum(x.square().sum() for x in gradients(sd3_model.net).values()).sqrt() / 2**16
+
+    assert norm(streamed.streamed, 0.0) == norm(streamed.whole, 0.0)
+    ratio = norm(streamed.streamed, 1.0) / norm(streamed.whole, 1.0)
+    assert (ratio > 2) if factor > 1 else (ratio < 0.7) if factor < 1 else (abs(ratio - 1) < 1e-4)
 
 
 @pytest.mark.parametrize("form", ["streamed", "sum"])
@@ -754,7 +818,7 @@ def test_hook_and_sum_in_bf16_with_lora_and_accumulation(form, hook):
         if form == "streamed":
             loss = sys.modules["streamed"].streamed(backward, velocity, latents, sigmas, *rest, rng())
         else:
-            draws = soar.draw(latents.shape, rest[-1], rng())._replace(t=soar.t_from_sigma(sigmas))
+            draws = soar.with_levels(soar.draw(latents.shape, rest[-1], rng()), sigmas, rest[-1])
             loss = soar.soar_loss(velocity, latents.float(), draws, *rest)
         backward(loss)
         made[steps, dtype] = loss.item(), gradients(net)
@@ -787,8 +851,7 @@ def musubi(monkeypatch, tmp_path, offset):
     monkeypatch.setitem(sys.modules, "musubi_tuner.wan_train_network", script)
     monkeypatch.chdir(tmp_path)
     save_file({"varlen_t5_float32": randn(12, 5, 8)}, "empty_wan_te.safetensors")
-    names = {}
-    exec(PAGE["musubi-tuner"][0], names)
+    names = vars(recipe(monkeypatch, "soar_musubi"))
     mode = "shift" if offset else "sigma"
     args = SimpleNamespace(seed=None, weighting_scheme="none", timestep_sampling=mode)
     latents, batch = randn(1, BATCH, 16, 3, 4, 4), {"timesteps": None, "t5": list(randn(10, BATCH, 5, 8))}
@@ -816,6 +879,7 @@ def test_musubi_block_takes_a_soar_step(hook, monkeypatch, tmp_path):
 
 def ai_toolkit(hook, mask, condition=lambda z, batch: z, **settings):
     """SDTrainer's method, at the place of its chain of losses, with the names that are there."""
+    recipe(hook["patch"], "soar_ai_toolkit")
     block = textwrap.indent(PAGE["ai-toolkit"][0], "    ")
     text = (
         "def loss_of(self, timesteps, conditional_embeds, batch, pred_kwargs, mask_multiplier,"
@@ -873,6 +937,7 @@ def test_ai_toolkit_block_refuses_a_loss_that_it_would_leave_out(setting, hook):
 
 def simple_tuner(hook, masked):
     """Trainer._compute_model_prediction_loss of SimpleTuner, and the model that it calls."""
+    recipe(hook["patch"], "soar_simpletuner")
     text = "def loss_of(self, prepared_batch):\n" + textwrap.indent(PAGE["SimpleTuner"][0], "    ")
     names = {"torch": torch}
     exec(text, names)
@@ -926,8 +991,7 @@ def sd_scripts(hook, monkeypatch, **more):
     library.strategy_base = SimpleNamespace(TextEncodingStrategy=strategies)
     monkeypatch.setitem(sys.modules, "sd3_train_network", script)
     monkeypatch.setitem(sys.modules, "library", library)
-    names = {"__name__": "soar_sd3"}
-    exec(PAGE["sd-scripts"][0], names)
+    names = vars(recipe(monkeypatch, "soar_sd_scripts"))
     args = SimpleNamespace(loss_type="l2", masked_loss=False, seed=0, weighting_scheme="none",
                            gradient_checkpointing=False)  # fmt: skip
     batch = {"loss_weights": torch.tensor([1.0, 3.0])} | more
@@ -964,8 +1028,7 @@ def test_sd_scripts_block_refuses_a_mask(hook, monkeypatch):
 
 def diffsynth(hook, **more):
     """What DiffSynth-Studio's task_to_loss gives a loss, and what of the pipeline it uses."""
-    names = {}
-    exec(PAGE["DiffSynth-Studio"][0], names)
+    names = vars(recipe(hook["patch"], "soar_diffsynth"))
 
     def model_fn(dit, latents, timestep, prompt_emb, use_gradient_checkpointing, **kwargs):
         return dit(latents, timestep, prompt_emb)
@@ -1004,6 +1067,225 @@ def test_diffsynth_block_takes_a_soar_step(hook):
     loss = diffsynth(hook)
     loss.backward()
     assert loss.isfinite() and len(gradients(sd3_model.net)) > 10
+
+
+def onetrainer(hook, **settings):
+    """BaseStableDiffusion3Setup.predict at the place of the page's block, then calculate_loss."""
+    level_weights = SimpleNamespace(SIGMA="sigma", CONSTANT="constant")
+    recipe(hook["patch"], "soar_onetrainer", modules__util__enum__LossWeight={"LossWeight": level_weights})
+    names = "self, model, batch, config, generator, scaled_latent_image, timestep, text_encoder_output"
+    predict, loss = (textwrap.indent(x, "    ") for x in PAGE["OneTrainer"])
+    text = f"def predict({names}, pooled_text_encoder_output):\n{predict}    return {{'own': True}}\n"
+    functions = {"torch": torch}
+    exec(f"{text}def calculate_loss(data):\n{loss}    return data['own']\n", functions)
+    z0, cond = hook["latents"], hook["cond"]
+    net = lambda hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict: (  # noqa: E731
+        sd3_model(hidden_states, timestep, encoder_hidden_states),)
+    model = SimpleNamespace(
+        transformer=net, train_dtype=SimpleNamespace(torch_dtype=lambda: torch.float32),
+        materialize_only_text_encoders=lambda: None, encode_text=lambda text, **x: (randn(12, 1, 5, 8), randn(13, 1, 8)),
+        combine_text_encoder_output=lambda *x: x,
+    )  # fmt: skip
+    scaler = SimpleNamespace(get_scale=lambda batch, steps: batch * steps)
+    config = SimpleNamespace(**{
+        "mae_strength": 0, "log_cosh_strength": 0, "huber_strength": 0, "masked_training": False,
+        "offset_noise_weight": 0.0, "perturbation_noise_weight": 0.0, "mse_strength": 0.5,
+        "train_text_encoder_or_embedding": lambda: False, "loss_weight_fn": "sigma", "loss_scaler": scaler,
+        "model_type": SimpleNamespace(has_conditioning_image_input=lambda: False), "batch_size": 2,
+        "gradient_accumulation_steps": 3, "transformer": SimpleNamespace(attention_mask=False),
+        "text_encoder_layer_skip": 0, "text_encoder_2_layer_skip": 0, "text_encoder_3_layer_skip": 0, **settings,
+    })  # fmt: skip
+    setup = SimpleNamespace(train_device="cpu", setup_train_device=lambda *x: None)
+    batch = {"loss_weight": torch.tensor([1.0, 3.0])}
+    call = (setup, model, batch, config, rng(), z0, torch.tensor([899, 199]), cond, randn(14, BATCH, 8))
+    return functions["calculate_loss"](functions["predict"](*call))
+
+
+def test_onetrainer_block_is_its_loss_at_lambda_zero_with_its_weights_and_times(lambda_zero, hook):
+    loss = onetrainer(hook)
+    draws, z0, sigma = lambda_zero[-1], hook["latents"], torch.tensor([0.9, 0.2])
+    s = per_sample(sigma, z0)
+    pred = sd3_model((1 - s) * z0 + s * draws.z1, torch.tensor([899.0, 199.0]), hook["cond"])
+    error = ((pred - (draws.z1 - z0)) ** 2).mean([1, 2, 3])
+    own = 0.5 * 6 * error * torch.tensor([1.0, 3.0]) * sigma
+    torch.testing.assert_close(loss, own.mean(), rtol=1e-4, atol=0)
+
+
+def test_onetrainer_block_takes_a_soar_step_and_leaves_validation_alone(hook):
+    onetrainer(hook).backward()
+    assert len(gradients(sd3_model.net)) > 10
+    with torch.no_grad():
+        assert onetrainer(hook) is True
+    with pytest.raises(ValueError, match="masks"):
+        onetrainer(hook, masked_training=True)
+
+
+def ltx_video(hook, known):
+    """LtxvTrainer._training_step from the page's block on; tokens are (B, 64, 16)."""
+    encode = {"encode_prompt": lambda *x: {"prompt_embeds": randn(12, 1, 5, 8), "prompt_attention_mask": mask[:1]}}
+    sampler = SimpleNamespace(_get_shift_for_sequence_length=lambda tokens: tokens / 64)
+    recipe(hook["patch"], "soar_ltx_video", ltxv_trainer__ltxv_utils=encode,
+           ltxv_trainer__timestep_samplers={"ShiftedLogitNormalTimestepSampler": sampler})  # fmt: skip
+    block = textwrap.indent(PAGE["LTX-Video-Trainer"][0], "    ")
+    functions = {}
+    exec(f"def step(self, batch, training_batch, model_inputs):\n{block}", functions)
+    z0, mask = hook["latents"].flatten(2).mT, torch.ones(BATCH, 5, dtype=torch.bool)
+
+    def transformer(hidden_states, timestep, encoder_hidden_states, **rest):
+        image = hidden_states.mT.reshape(hook["latents"].shape)
+        assert not timestep[known].any() and torch.equal(hidden_states[known], z0[known])
+        return (sd3_model(image, timestep[:, -1], encoder_hidden_states).flatten(2).mT,)
+
+    sampled = SimpleNamespace(negative_prompt="blurry", inference_steps=30, guidance_scale=3.5)
+    trainer = SimpleNamespace(
+        _config=SimpleNamespace(validation=sampled, seed=1), _accelerator=backward_of(None), _tokenizer=None,
+        _text_encoder=None, _transformer=transformer,
+    )  # fmt: skip
+    prepared = SimpleNamespace(
+        latents=z0, conditioning_mask=known, prompt_embeds=hook["cond"], prompt_attention_mask=mask,
+        sigmas=torch.tensor([0.9, 0.2]).view(-1, 1, 1),
+    )  # fmt: skip
+    return functions["step"](trainer, {"latents": {"latents": z0}}, prepared, {"return_dict": False})
+
+
+@pytest.mark.parametrize("given", [0, 16])
+def test_ltx_block_is_its_loss_at_lambda_zero_with_given_frames(given, lambda_zero, hook):
+    known = torch.zeros(BATCH, 64, dtype=torch.bool)
+    known[:, :given] = True
+    loss = ltx_video(hook, known)
+    z0, z1, s = hook["latents"].flatten(2).mT, lambda_zero[-1].z1, torch.tensor([0.9, 0.2]).view(-1, 1, 1)
+    noisy = torch.where(known.unsqueeze(-1), z0, (1 - s) * z0 + s * z1)
+    pred = sd3_model(noisy.mT.reshape(hook["latents"].shape), 1000 * s.flatten(), hook["cond"]).flatten(2).mT
+    own = ((pred - (z1 - z0)) ** 2)[:, given:].mean()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
+
+
+def test_ltx_block_takes_a_soar_step(hook):
+    ltx_video(hook, torch.zeros(BATCH, 64, dtype=torch.bool)).backward()
+    assert len(gradients(sd3_model.net)) > 10
+
+
+def diffusion_pipe(hook):
+    """SD3Pipeline in DeepSpeed's engine: prepare_inputs, one layer, the loss of its output."""
+
+    class SD3Pipeline:
+        config = {"activation_checkpointing": True}
+
+        def get_call_text_encoder_fn(self, encoder):
+            return lambda captions, is_video: {"text": randn(12, 1, 5, 8), "pooled": randn(13, 1, 8)}
+
+        def prepare_inputs(self, inputs, timestep_quantile=None):
+            noise, t = torch.randn(inputs["latents"].shape), torch.tensor([0.9, 0.2])
+            s = per_sample(t, noise)
+            noisy = (1 - s) * inputs["latents"] + s * noise
+            return (noisy, 1000 * t, inputs["text"], inputs["pooled"]), (noise - inputs["latents"], inputs["mask"])
+
+        def to_layers(self):
+            class Layer(torch.nn.Module):
+                def forward(self, x):
+                    return sd3_model(x[0], x[1], x[2])
+
+            return [Layer()]
+
+        def get_loss_fn(self):
+            return lambda output, label: F.mse_loss(output, label[0])
+
+    module = recipe(hook["patch"], "soar_diffusion_pipe", models__sd3={"SD3Pipeline": SD3Pipeline})
+    hook["patch"].setattr(module.SoarPipeline, "__init__", lambda self, config: None)
+    pipe = eval(PAGE["diffusion-pipe"][0], {"config": None})
+    pipe.get_call_text_encoder_fn(None)
+    inputs = {"latents": hook["latents"], "text": hook["cond"], "pooled": randn(14, BATCH, 8), "mask": None}
+    features, label = pipe.prepare_inputs(inputs)
+    (layer,) = pipe.to_layers()
+    return pipe.get_loss_fn()(layer(features), label), label[0] + hook["latents"]
+
+
+def test_diffusion_pipe_block_is_its_loss_at_lambda_zero_and_its_own_in_evaluation(lambda_zero, hook):
+    loss, _ = diffusion_pipe(hook)
+    own = flow_loss(sd3_model, hook["latents"], lambda_zero[-1], hook["cond"], 3.0)
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        loss, noise = diffusion_pipe(hook)
+    own = flow_loss(sd3_model, hook["latents"], lambda_zero[-1]._replace(z1=noise), hook["cond"], 3.0)
+    torch.testing.assert_close(loss, own.detach(), rtol=1e-5, atol=0)
+
+
+def test_diffusion_pipe_block_takes_a_soar_step(hook):
+    diffusion_pipe(hook)[0].backward()
+    assert len(gradients(sd3_model.net)) > 10
+
+
+def unirl(hook, scale=1.0):
+    result = collections.namedtuple("AlgorithmStepResult", "loss metrics num_steps has_backward")
+    cond = collections.namedtuple("Conditions", "text")
+
+    class FlowMatchSFT:
+        conditions_cls, params = None, SimpleNamespace(guidance_scale=1.0)
+
+        def __init__(self, pipeline):
+            stage = lambda cond, sample, sigma, params: sd3_model(sample, 1000 * sigma, cond.text)  # noqa: E731
+            self.stage = SimpleNamespace(predict_noise_at_step=stage)
+
+        def _clean_latents(self, segment):
+            return segment
+
+        def _draw_sigma(self, batch, device, generator):
+            return torch.tensor([0.9, 0.2])
+
+    base = {"AlgorithmStepResult": result, "typed_conditions": lambda x, _: x}
+    module = recipe(hook["patch"], "soar_unirl", unirl__algorithms__base=base,
+                    unirl__algorithms__sft={"FlowMatchSFT": FlowMatchSFT},
+                    unirl__types__primitives={"Texts": lambda texts: texts})  # fmt: skip
+    text = SimpleNamespace(embed=lambda texts: randn(12, 1, 5, 8).expand(len(texts), -1, -1))
+    algorithm = module.FlowMatchSOAR(pipeline=SimpleNamespace(text_embed=text))
+    call = {"conditions": cond(hook["cond"]), "segment": hook["latents"], "advantages": None}
+    return algorithm.compute_loss_and_backward(**call, training_progress=0.0, loss_scale=scale)
+
+
+def test_unirl_class_is_its_loss_at_lambda_zero(lambda_zero, hook):
+    loss = unirl(hook).loss
+    own = flow_loss(sd3_model, hook["latents"], lambda_zero[-1], hook["cond"], 3.0)
+    assert loss == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_unirl_class_takes_a_soar_step_and_scales_every_term(hook):
+    found = []
+    for scale in (1.0, 0.25):
+        sd3_model.net.zero_grad()
+        assert unirl(hook, scale).has_backward
+        found.append(gradients(sd3_model.net))
+    assert len(found[0]) > 10
+    for name, x in found[0].items():
+        torch.testing.assert_close(found[1][name], x / 4)
+
+
+def flow_matching(hook, conditioning):
+    recipe(hook["patch"], "soar_flow_matching")
+    before, inside = PAGE["flow_matching"]
+    names = {"torch": torch, "device": "cpu", "t": torch.tensor([0.1, 0.8]), "samples": hook["latents"]}
+    names |= {"conditioning": conditioning, "args": SimpleNamespace(cfg_scale=1.5), "calls": []}
+
+    def model(x, t, extra):
+        names["calls"].append(extra)
+        return sd3_model(x, t, extra.get("label", hook["cond"] * 0))
+
+    names["model"] = model
+    exec(before + inside, names)
+    return names["loss"], names["calls"]
+
+
+def test_flow_matching_block_is_its_loss_at_lambda_zero(lambda_zero, hook):
+    loss, _ = flow_matching(hook, {"label": hook["cond"]})
+    z1, z0, t = lambda_zero[-1].z1, hook["latents"], per_sample(torch.tensor([0.1, 0.8]), hook["latents"])
+    own = F.mse_loss(sd3_model((1 - t) * z1 + t * z0, t.flatten(), hook["cond"]), z0 - z1)
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
+
+
+def test_flow_matching_block_takes_a_soar_step(hook):
+    cond = {"label": hook["cond"]}
+    loss, calls = flow_matching(hook, cond)
+    loss.backward()
+    assert loss.isfinite() and calls[-8:] == [cond, {}] + [cond] * 6
 
 
 # --- The shift --------------------------------------------------------------------------------------------------------
@@ -1150,15 +1432,20 @@ def adapters_table(w: World) -> str:
             except ValueError:
                 by = "`check_velocity`, `soar_terms`"
         rows.append(f"| {mistake} | {by} | {message} |")
-    config, calls = soar.SoarConfig(), []
+    config = soar.SoarConfig()
     draws = soar.draw(w.z0.shape, config, rng())
     try:
         list(soar.soar_terms(w.right, w.z0, draws, w.cond, list(w.uncond.values()), config))
     except ValueError as error:
         rows.insert(-2, f"| `uncond` of another type than `cond` | `soar_terms` | {error} |")
-    with torch.no_grad():
-        list(soar.soar_terms(lambda *x: calls.append(x) or x[0], w.z0, draws, w.cond, None, config))
-    rows.append(f"| `uncond` not passed | nothing | unguided rollouts: {len(calls)} forwards a step in place of 8 |")
+    try:
+        list(soar.soar_terms(w.right, w.z0, draws, w.cond, config=config))
+    except ValueError as error:
+        rows.insert(-2, f"| `uncond` not passed | `soar_terms` | {error} |")
+    try:
+        soar.with_levels(draws, torch.linspace(20, 980, 8), config)
+    except ValueError as error:
+        rows.insert(-2, f"| levels up to 1000 | `with_levels` | {error} |")
     return "\n".join(rows)
 
 
