@@ -10,9 +10,11 @@ path by (sigma_next - sigma) e, where e = e_uncond + w (e_cond - e_uncond), and
     z_aux - interpolate(z0, z1, sigma_aux) = (1 - alpha) (sigma_next - sigma) e
     target = (z_aux - z0) / sigma_aux
 
-Only the path of the ODE step is checked. Copy this file beside soar.py: it needs nothing else.
+Not checked: weights and the loss's sum, the base term, the law of t and of sigma_aux, and any path
+but that of the ODE step. Copy this file beside soar.py: it needs nothing else.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -60,11 +62,14 @@ STATE_FAULTS = {
     "alpha is divided by sigma_upper - sigma_next, it must be by 1 - sigma_next": (
         _mixed_to_the_bound
     ),
-    "the rollout goes up, not down: are sigma and sigma_next swapped in its step?": (
+    "the rollout goes up, not down: is v's sign reversed, or are sigma and sigma_next swapped?": (
         lambda x: _mixed(2 * x.sigma - x.sigma_next, x.sigma_next, x)
     ),
     "alpha counts from sigma, it must from sigma_next": (
         lambda x: _mixed(x.sigma_next, x.sigma, x)
+    ),
+    "alpha is sigma_aux - sigma_next, it must be divided by 1 - sigma_next": (
+        lambda x: x.sigma_next + (x.sigma_aux - x.sigma_next) * (1 - x.sigma_next)
     ),
     "the rollout stays at sigma, where alpha takes it to be at sigma_next": (
         lambda x: _mixed(x.sigma, x.sigma_next, x)
@@ -92,13 +97,36 @@ SCALES = {  # the multiple of e_cond - e_uncond by which the rollout errs
     "v_cond and v_uncond are swapped": lambda w: 1 - w,
     "w (v_cond - v_uncond) is added to v_cond, it must be to v_uncond": lambda w: 1 + w,
 }
-ENDS = {  # the level where the rollout ends
-    "it steps 1 / K in sigma, it must in t": (
-        lambda t, x, steps: (x.sigma - 1 / steps).clamp(min=0.0)
-    ),
-    "it is not clamped at t_min": lambda t, x, steps: sigma_from_t(t - 1 / steps, x.shift),
-    "it goes to clean data": lambda t, x, steps: torch.zeros_like(t),
+ENDS = {  # the levels where the rollout ends; floors first, as at shift 1 sigma is t
+    "it is not clamped at t_min": [lambda t, x, c: _end(t, x, c, -torch.inf)],
+    "its floor is 0, it must be sigma(t_min)": [lambda t, x, c: _end(t, x, c, 0.0)],
+    "its floor is t_min, it must be sigma(t_min)": [lambda t, x, c: _end(t, x, c, c.t_min)],
+    "it goes to clean data": [lambda t, x, c: torch.zeros_like(t)],
+    "it steps 1 / K in sigma, it must in t": [
+        lambda t, x, c: _end_in_sigma(x, c, -torch.inf),
+        lambda t, x, c: _end_in_sigma(x, c, 0.0),
+        lambda t, x, c: _end_in_sigma(x, c, c.t_min),
+        lambda t, x, c: _end_in_sigma(x, c, sigma_from_t(c.t_min, c.shift)),
+    ],
+    "it takes several steps, it must take one": [
+        lambda t, x, c: _end_of_steps(t, c, 2),
+        lambda t, x, c: _end_of_steps(t, c, 3),
+        lambda t, x, c: _end_of_steps(t, c, 4),
+    ],
 }
+
+
+def _end(t: Tensor, x: Levels, config: SoarConfig, floor: float) -> Tensor:
+    return sigma_from_t(t - 1 / config.num_sampling_steps, x.shift).clamp(min=floor)
+
+
+def _end_in_sigma(x: Levels, config: SoarConfig, floor: float) -> Tensor:
+    return (x.sigma - 1 / config.num_sampling_steps).clamp(min=floor)
+
+
+def _end_of_steps(t: Tensor, config: SoarConfig, steps: int) -> Tensor:
+    t_next = t - steps / config.num_sampling_steps
+    return sigma_from_t(t_next.clamp(min=config.t_min), config.shift)
 
 
 class _Model:
@@ -135,8 +163,15 @@ def check_port(port: Port, configs: Sequence[SoarConfig] = CONFIGS, *,
     sampler times t (B,) and returns the auxiliary points, each (z_aux, sigma_aux, target), of the
     step. z0, z1: (B, 4, 16, 16), float32. It calls velocity(z, sigma, cond) as it would its model,
     with sigma in [0, 1]; cond and uncond are (B, 1), and may be concatenated along with z.
-    configs: what is tried. A port with settings of its own gets a SoarConfig that has the same.
+    configs: what is tried. A port with settings of its own gets a SoarConfig that has the same, and
+    a port without a bound configs=[SoarConfig()]; fewer than 40 steps give a warning.
     Raises ValueError, which names the mistake and the settings that show it."""
+    for config in configs:
+        if configs is not CONFIGS and config.num_sampling_steps < 40:
+            warnings.warn(
+                f"num_sampling_steps is {config.num_sampling_steps}: below 40 targets near the "
+                "clean end are so large that they rule the gradient", stacklevel=2,
+            )
     largest = 0.0
     for config in configs:
         try:
@@ -322,9 +357,10 @@ def _fail_at_the_end(moved: Tensor, levels: list[Levels], t: Tensor, config: Soa
     aux = torch.stack([x.sigma_aux for x in levels])
     lowest = aux.argmin(0, keepdim=True)
     ratio = moved.gather(0, lowest)[0] / (1 - aux.gather(0, lowest)[0])
-    x, steps = levels[0], config.num_sampling_steps
+    x = levels[0]
     end = (x.sigma + ratio) / (1 + ratio)
-    name = _named(ENDS, [end], lambda fault, i: fault(t, x, steps))
+    made = {(name, i): fault for name, faults in ENDS.items() for i, fault in enumerate(faults)}
+    name, _ = _named(made, [end], lambda fault, i: fault(t, x, config)) or (None, 0)
     _, found, right = _worst([end], [x.sigma_next])
     raise ValueError(f"the rollout ends at {found:.4f}, expected sigma_next = {right:.4f}: "
                      f"{name or 'are shift and number of steps those you sample with?'}")
@@ -337,4 +373,5 @@ def _check_range(levels: list[Levels]) -> None:
             row = (low | high).nonzero()[0, 0]
             came, least, most = x.sigma_aux[row], x.sigma_next[row], x.sigma_upper[row]
             bounds = f"[sigma_next, sigma_upper] = [{least:.4f}, {most:.4f}]"
-            raise ValueError(f"a point's level is {came:.4f}, expected within {bounds}")
+            raise ValueError(f"a point's level is {came:.4f}, expected within {bounds}; for a port "
+                             "without a bound give configs=[SoarConfig()]")

@@ -137,6 +137,6 @@ def check_velocity(
     if change < 1e-6 and other_cond is not None:
         raise ValueError(
             f"{found}, and the same values for cond and other_cond: the model ignores its "
-            "conditioning"
+            "conditioning, or are cond and other_cond the same?"
         )
     return given

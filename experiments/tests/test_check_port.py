@@ -4,6 +4,7 @@ The table is part of checks.md, which test_recipes.py keeps.
 """
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -65,9 +66,28 @@ MISTAKES = {  # in words: what is changed in the port, and what the message must
         "alpha counts from sigma,"),
     "alpha is `sigma_aux`": (
         "(sigma_aux - sigma_next) / (1 - sigma_next)", "sigma_aux", "alpha is sigma_aux"),
+    "alpha not divided": (
+        "(sigma_aux - sigma_next) / (1 - sigma_next)", "sigma_aux - sigma_next",
+        "must be divided by 1 - sigma_next"),
+    "`v`'s sign reversed in the step": ("* v_cfg", "* -v_cfg", "v's sign reversed"),
     "a step of 1 / K in sigma": (
         "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
-        "(sigma - 1 / config.num_sampling_steps).clamp(min=0)", "steps 1 / K in sigma"),
+        "(sigma - 1 / config.num_sampling_steps).clamp(min=0)",
+        "steps 1 / K in sigma"),
+    "the same, to `t_min`": (
+        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
+        "(sigma - 1 / config.num_sampling_steps).clamp(min=config.t_min)",
+        "steps 1 / K in sigma"),
+    "the same, to sigma(t_min)": (
+        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
+        "torch.maximum(sigma - 1 / config.num_sampling_steps, level(config.t_min + 0 * t))",
+        "steps 1 / K in sigma"),
+    "two steps": ("(t - 1 / config", "(t - 2 / config", "several steps"),
+    "a floor of 0": (".clamp(min=config.t_min)", ".clamp(min=0)", "its floor is 0"),
+    "a floor of `t_min` in sigma": (
+        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
+        "level(t - 1 / config.num_sampling_steps).clamp(min=config.t_min)",
+        "its floor is t_min"),
     "another number of steps": ("config.num_sampling_steps", "30", "number of steps"),
     "the clean end not kept": (".clamp(min=config.t_min)", "", "not clamped at t_min"),
     "the bound not kept": ("sigma_aux = sigma_next + u * (sigma_upper - sigma_next)",
@@ -157,13 +177,34 @@ def test_a_right_port_passes_for_every_bound_and_shift(seed, shift, steps, w, ra
     config = soar.SoarConfig(shift=shift, num_sampling_steps=steps, guidance_scale=w,
                              sigma_upper_ratio=ratio, num_aux_points=points)  # fmt: skip
     for port in (made(PORT), soar_itself):
-        assert check_port(port, [config], generator=rng(seed)) < 1e-4
+        with warnings.catch_warnings(action="ignore"):  # of few steps
+            assert check_port(port, [config], generator=rng(seed)) < 1e-4
 
 
 @pytest.mark.parametrize("old, new, named", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_named(old, new, named):
     assert PORT.count(old) == 1
     assert re.search(named, message_of(made(PORT.replace(old, new))))
+
+
+@pytest.mark.parametrize("floor, named", [(None, "not clamped"), (0, "its floor is 0")])
+def test_at_shift_1_the_floor_is_named_and_not_the_step(floor, named):
+    port = made(PORT.replace(".clamp(min=config.t_min)", "" if floor is None else ".clamp(min=0)"))
+    with pytest.raises(ValueError, match=named) as caught:
+        check_port(port, [soar.SoarConfig(shift=1.0)], generator=rng())
+    assert "in sigma" not in str(caught.value)
+
+
+def test_a_port_without_a_bound_is_told_which_configs_to_give():
+    port = made(PORT.replace("sigma * config.sigma_upper_ratio", "sigma / sigma"))
+    assert check_port(port, [soar.SoarConfig()], generator=rng()) < 5e-6
+    with pytest.raises(ValueError, match=r"configs=\[SoarConfig\(\)\]"):
+        check_port(port, generator=rng())
+
+
+def test_fewer_than_40_steps_give_a_warning():
+    with pytest.warns(UserWarning, match="num_sampling_steps is 39"):
+        check_port(made(PORT), [soar.SoarConfig(num_sampling_steps=39)], generator=rng())
 
 
 def table() -> str:

@@ -1,8 +1,11 @@
 """soar_terms under DistributedDataParallel: as train.py runs it, and as the recipes do."""
 
+import contextlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -52,6 +55,9 @@ class Net(torch.nn.Module):
         self.scale = torch.nn.Parameter(randn(1, 16, 1, 1))
         self.text = torch.nn.Parameter(randn(2, 8, 16))
 
+    def no_sync(self):
+        return contextlib.nullcontext()
+
     def forward(self, z, time, cond):
         text = cond.mean(1) @ self.text
         return self.scale * z + time.view(-1, 1, 1, 1) / 1000 * text[..., None, None]
@@ -76,10 +82,14 @@ def recipe(form, model, rows, **options):
             for block in PAGE["Any trainer"]:
                 exec(block, names)
             return
-        exec(PAGE["Trainers with hooks"][0], names)
-        call = (lambda z, sigma, cond: model(z, 1000 * sigma, cond), z0)
-        text = (cond, empty.expand(len(z0), -1, -1), soar.SoarConfig())
-        if form == "hook":
+        exec((HERE / "recipes" / "streamed.py").read_text(), names)
+        velocity, uncond = (lambda z, s, cond: model(z, 1000 * s, cond)), empty.expand(len(z0), -1, -1)
+        call, text = (velocity, z0), (cond, uncond, soar.SoarConfig())
+        if form == "no_sync":
+            draws = soar.with_levels(draws, levels, soar.SoarConfig())
+            names |= {"soar_terms": soar.soar_terms, "z0": z0, "velocity": velocity, "draws": draws}
+            exec(PAGE["DDP"][0], names | {"uncond": uncond, "config": soar.SoarConfig()})
+        elif form == "hook":
             call = (torch.Tensor.backward, *call, levels, *text, None)
             names["streamed"](*call, **options).backward()
         else:
@@ -87,7 +97,8 @@ def recipe(form, model, rows, **options):
             soar.soar_loss(*call, **options).backward()
 
 
-FORMS = ("terms", "hook", "sum")
+FORMS = ("terms", "hook", "sum", "no_sync")
+ALL_REDUCES = {"terms": 7, "hook": 7, "sum": 1, "no_sync": 1}  # the model is one bucket
 
 
 def run_rank(rank, folder):
@@ -96,8 +107,16 @@ def run_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     made = {"own": own_schedule(rank)}
     for form in FORMS:
-        net = Net()
-        recipe(form, DistributedDataParallel(net), slice(2 * rank, 2 * rank + 2))
+        net, reduced = Net(), []
+        ddp = DistributedDataParallel(net)
+
+        def counted(_, bucket):
+            reduced.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        ddp.register_comm_hook(None, counted)
+        recipe(form, ddp, slice(2 * rank, 2 * rank + 2))
+        assert len(reduced) == ALL_REDUCES[form], (form, len(reduced))
         made[form] = gradients(net)
     tensors = {f"{name} {i}": x for name, found in made.items() for i, x in enumerate(found)}
     save_file(tensors, f"{folder}/{rank}.safetensors")
