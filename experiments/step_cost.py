@@ -582,17 +582,29 @@ def peak_of_vae(batch_size: int, side: int) -> dict[str, int]:
         return {"weights": sum(x.nbytes for x in vae.parameters()), "peak": allocated.peak, "flop": flop}
 
 
+def forward_of(size: str, images: int) -> int:
+    """Operations of a forward of the transformer."""
+    with FakeTensorMode(), torch.no_grad():
+        transformer, side = SD3Transformer2DModel(**config(size)), SIDES[size]
+        cond = {"encoder_hidden_states": torch.randn(images, TOKENS, 4096)}
+        cond |= {"pooled_projections": torch.randn(images, 2048)}
+        z, timestep = torch.randn(images, 16, side, side), torch.ones(images)
+        return flops(lambda: transformer(z, timestep=timestep, **cond))
+
+
 def shares(args: Args, size: str, text: dict[str, int], vae: dict[str, int]) -> dict[str, float]:
     """Of a whole SOAR step's operations: the transformer's share, the text encoders' and the VAE's. text and vae: what
     encoders and peak_of_vae found for the batch."""
-    with FakeTensorMode(), torch.no_grad():
-        transformer, side = SD3Transformer2DModel(**config(size)), SIDES[size]
-        cond = {"encoder_hidden_states": torch.randn(args.batch_size, TOKENS, 4096)}
-        cond |= {"pooled_projections": torch.randn(args.batch_size, 2048)}
-        z, timestep = torch.randn(args.batch_size, 16, side, side), torch.ones(args.batch_size)
-        unit = flops(lambda: transformer(z, timestep=timestep, **cond))
-    made = {"transformer": (3 * args.num_aux_points + 4) * unit, "text encoders": text["flop"], "VAE": vae["flop"]}
+    transformer = (3 * args.num_aux_points + 4) * forward_of(size, args.batch_size)
+    made = {"transformer": transformer, "text encoders": text["flop"], "VAE": vae["flop"]}
     return {name: flop / sum(made.values()) for name, flop in made.items()}
+
+
+def hours(size: str) -> dict[str, float]:
+    """Of runs on 8 H100 at 40 % of their bf16 peak: train.py's defaults, the same for SFT, the paper's broad run."""
+    speed = 0.4 * 8 * 1e12 * train.PEAK_TFLOPS["H100"]
+    runs = {"5,000 steps of 32": (22, 32 * 5000), "SFT": (3, 32 * 5000), "10,000 steps of 512": (22, 512 * 10_000)}
+    return {name: units * images * forward_of(size, 1) / speed / 3600 for name, (units, images) in runs.items()}
 
 
 def gigabytes(terms: dict[str, int], vae: dict[str, int], text: dict[str, int]) -> dict[str, float]:
@@ -628,7 +640,9 @@ def fit(args: Args, device: torch.device) -> dict:
               f"{link}: {1000 * sent / bandwidth:.0f} ms a step")  # fmt: skip
     share = shares(args, size, text, vae)
     print("of a step's operations: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in share.items()))
-    made = {"ladder": made, "all_reduce": network, "share_of_operations": share}
+    duration = hours(size)
+    print("on 8 H100 at 40 %: " + ", ".join(f"{name} {x:.2f} hours" for name, x in duration.items()))
+    made = {"ladder": made, "all_reduce": network, "share_of_operations": share, "hours": duration}
     return {"computed": "not measured", "batch_size": args.batch_size} | made
 
 

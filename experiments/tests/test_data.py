@@ -342,7 +342,7 @@ raise FloatingPointError("not finite")
 
 def test_process_that_fails_between_two_steps_ends(reference):
     command = [sys.executable, "-c", FAILS, reference.folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "FloatingPointError: not finite" in done.stderr, done.stderr
 
 

@@ -1,0 +1,101 @@
+"""The README's commands, in order, as its reader gives them: on the small pipeline, with two steps, in this process."""
+
+import glob
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from experiments import score
+from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, read_pairs
+from experiments.tests.common import ROOT
+
+README = (ROOT / "README.md").read_text()
+SMALL = ["--pretrained_model_name_or_path", str(DATA / "model"), "--max_sequence_length", str(MAX_SEQUENCE_LENGTH)]
+SMALL += ["--mixed_precision", "no"]
+SHORT = {
+    "train.py": [*SMALL, "--resolution", "64", "--max_train_steps", "2", "--num_aux_points", "1"],
+    "sample.py": [*SMALL, "--height", "64", "--width", "64", "--num_inference_steps", "2"],
+}
+
+
+class Brightness:
+    """In place of a scorer whose weights are not here."""
+
+    SOURCES = ()
+
+    def __init__(self, weights, device):
+        pass
+
+    def __call__(self, images, prompts):
+        return [float(np.asarray(image).mean()) for image in images]
+
+
+def block(heading: str, language: str) -> str:
+    """The code under a heading."""
+    text = README.split(f"# {heading}\n")[1]
+    return re.search(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)[1]
+
+
+def test_commands_of_training_and_sampling_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_images").mkdir()
+    for i, row in enumerate(read_pairs().select(range(6))):
+        row["image"].save(f"my_images/{i}.png")
+        Path(f"my_images/{i}.txt").write_text(row["text"])
+    Path("prompts.txt").write_text("a photo of a red circle\n")
+    exec(block("Data", "python"), {})
+    monkeypatch.setattr(score, "MODEL_BASED", dict.fromkeys(score.MODEL_BASED, Brightness))
+    commands = block("Train and sample", "bash").replace("\\\n", "").splitlines()
+    done = []
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        script = next((x for x in words if x.endswith(".py")), "")
+        if script:
+            rest = words[words.index(script) + 1 :] + SHORT[script]
+        if script == "train.py":
+            train.main(train.parse(rest))
+        elif script == "sample.py":
+            sample.main(sample.tyro.cli(sample.Args, args=rest, use_underscores=True))
+        elif words[:3] == ["python", "-m", "experiments.score"]:
+            score.command([x for word in words[3:] for x in sorted(glob.glob(word)) or [word]] + ["--device", "cpu"])
+        else:
+            assert not words or words[:2] in (["pip", "install"], ["hf", "auth"]), command
+        done.append(script or " ".join(words[:3]))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert done[-4:] == ["train.py", "train.py", "sample.py", "python -m experiments.score"]
+    assert "| pickscore" in capsys.readouterr().out
+    folders = sorted(x for x in os.listdir("output/images") if Path("output/images", x).is_dir())
+    assert folders == ["base", "output-sft", "output-soar"]
+
+
+def test_rows_of_the_two_layouts_made_in_data_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_images").mkdir()
+    for i, row in enumerate(read_pairs().select(range(3))):
+        row["image"].save(f"my_images/{i}.png")
+        Path(f"my_images/{i}.txt").write_text(row["text"])
+    exec(block("Data", "python"), {})
+    folder, table = (train.Pairs(train.DataConfig(name, 64)) for name in ("my_images", "my_images.parquet"))
+    for pairs in (folder, table):
+        assert len(pairs) == 3
+    found = [sorted(pairs.inspect(row)[0] for row in pairs.rows) for pairs in (folder, table)]
+    assert found[0] == found[1] and 0 not in found[0]  # the file holds the images
+
+
+def test_page_is_short_and_its_links_lead_somewhere():
+    assert README.count("\n") <= 160
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", re.findall(r"python -m experiments\.(\w+)", README))
+def test_commands_named_in_the_text_exist(name):
+    assert "__main__" in (ROOT / f"experiments/{name}.py").read_text()
