@@ -78,8 +78,8 @@ Metric = Literal[
     "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward",
     "ocr", "ocr_rapid", "geneval", "geneval2",
 ]  # fmt: skip
-# Stable Diffusion 3.5 Medium: prompts and images; base, SFT, SOAR. Source: README.md of
-# Tencent-Hunyuan/HY-SOAR; the sets: soar/evaluation.py there.
+# Stable Diffusion 3.5 Medium: prompts and images of each; base, SFT, SOAR. Source: README.md of
+# Tencent-Hunyuan/HY-SOAR; the sets are those in dataset/ of NVlabs/DiffusionNFT.
 PUBLISHED = {
     "geneval": ("553 x 4, 6 tasks", 0.63, 0.70, 0.78),
     "ocr": ("1018 x 1", 0.59, 0.64, 0.67),
