@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.exposure import STEPS, errors_at, exposure, points_of
+from experiments.optimum import exact_flow
 from soar import SoarConfig, draw, interpolate, sigma_from_t
 
 
@@ -63,7 +64,7 @@ def test_the_meter_counts_shifts_of_its_own_config_as_those_by_steps():
     assert unguided.shift_by_steps[10] != pytest.approx(shift, rel=1e-2)
 
 
-@pytest.mark.parametrize("steps, verdict", [(1000, "nothing"), (4, "something")])
+@pytest.mark.parametrize("steps, verdict", [(1000, "is SFT"), (4, "is more than SFT")])
 def test_the_verdict_follows_the_shift_over_the_error_on_the_ideal_path(steps, verdict):
     config = SoarConfig(num_sampling_steps=steps, guidance_scale=1.0)
     z0, _ = batch(config, 64)
@@ -74,13 +75,30 @@ def test_the_verdict_follows_the_shift_over_the_error_on_the_ideal_path(steps, v
     found = exposure(velocity, z0, None, None, config, generator=torch.Generator().manual_seed(1))
     share = float(found.errors["shift"].mean() / found.errors["on"].mean())
     assert found.share == pytest.approx(share)
-    assert (share > 0.01) == (verdict == "something")
-    assert found.something_to_mend == (share > 0.01)
+    assert (share > 0.01) == (verdict == "is more than SFT")
+    assert found.unlike_sft == (share > 0.01)
     on = float(found.errors["on"].mean())
     below = [k for k in STEPS if found.shift_by_steps[k] > 0.01 * on]
     assert found.steps_that_matter == max(below)
     text = str(found)
-    assert f"There is {verdict} to mend here" in text and f"K = {max(below)} and below" in text
+    assert f"A short run of SOAR {verdict}" in text and f"K = {max(below)} and below" in text
+
+
+@pytest.mark.parametrize("data_std, share", [(0.2, 0.24), (1.0, 0.005)])
+def test_the_exact_flow_has_a_share_as_well(data_std, share):
+    """So that it is no fault of the model."""
+    generator = torch.Generator().manual_seed(0)
+    c, n = torch.randn(2, 100_000, 1, generator=generator)
+    flow = exact_flow(data_std)
+
+    def velocity(z, sigma, prompt):
+        a, b = (x.float()[:, None] for x in flow(sigma.double()))
+        a_uncond = flow.uncond(sigma.double())[0].float()[:, None]
+        return a * z + b * c if prompt else a_uncond * z
+
+    found = exposure(velocity, c + data_std * n, {"c": c}, {}, generator=generator, repeats=1)
+    assert found.share == pytest.approx(share, rel=0.1)
+    assert found.errors["off"].mean() > found.errors["on"].mean()
 
 
 def test_a_config_without_auxiliary_points_is_refused():
