@@ -337,12 +337,13 @@ def _load(kind: type, name_or_path: str | Path, subfolder: str, dtype: torch.dty
     return model.requires_grad_(False).eval()
 
 
-# peft's settings of a LoRA that change nothing, or are heeded here.
+# peft's settings of a LoRA that are heeded, or change nothing; of some, single values.
 LORA_SETTINGS = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode",
-    "task_type", "base_model_name_or_path", "revision", "auto_mapping", "megatron_core",
-    "qalora_group_size", "peft_type", "peft_version",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias=none",
+    "init_lora_weights=True", "init_lora_weights=gaussian", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "inference_mode", "task_type", "peft_type",
+    "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "megatron_core",
+    "qalora_group_size",
 )  # fmt: skip
 # Names in other formats, and how to make a file of diffusers' format from them.
 OTHER_LORA = {
@@ -372,10 +373,8 @@ def load_lora(model: SD3Transformer2DModel, file: Path) -> None:
         start = "transformer." if "transformer." in names else ""
         known = {start + name for name in LORA_SETTINGS}
         for name, x in settings.items():
-            # Others than these, such as pissa, change the frozen weights.
-            plain = name == f"{start}init_lora_weights" and x in (True, "gaussian")
-            if x and not plain and name not in known:
-                raise ValueError(f"its setting {name}, {x}, is not supported")
+            if x and not known & {name, f"{name}={x}"}:
+                raise ValueError(f"its setting {name}={x} is not supported")
         model.load_lora_adapter(
             tensors, start[:-1] or None, adapter_name="default", metadata=settings or None
         )
@@ -718,7 +717,7 @@ def main(args: Args) -> None:
     base = args.pretrained_model_name_or_path
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     with locked(args.output_dir) if rank == 0 else contextlib.nullcontext():
-        for job in jobs:
+        for job in jobs if rank == 0 else ():  # a network disk may remember what was not there
             check_folder(job.folder, job.protocol)
         pipe = load_pipeline(base, dtype, device)
         if rank == 0:

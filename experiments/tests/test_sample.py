@@ -358,31 +358,22 @@ def test_genevals_folder_walk_finds_every_image_and_its_metadata(images):
         folder = images / "2x4" / name
         if folder.is_dir() and name.isdigit():
             assert json.loads((folder / "metadata.jsonl").read_text()) == lines[int(name)]
-            for image in os.listdir(folder / "samples"):
+            for image in sorted(os.listdir(folder / "samples")):
                 assert re.match(r"\d+\.png", image)
-                found[int(name), image] = pixels(folder / "samples" / image).tobytes()
-            assert Image.open(folder / "grid.png").size == (128, 64)
+                found[int(name), image] = pixels(folder / "samples" / image)
+            tiles = [x for (i, _), x in found.items() if i == int(name)]
+            assert (pixels(folder / "grid.png") == np.concatenate(tiles, axis=1)).all()
     assert sorted(found) == [(i, f"0000{j}.png") for i in range(3) for j in range(2)]
-    assert len(set(found.values())) == 6
-
-
-def test_grid_shows_the_images_of_a_prompt_in_order(tmp_path):
-    folder = run(tmp_path, **QUICK | {"num_images_per_prompt": 5, "num_inference_steps": 1})
-    grid = Image.open(folder / "00000/grid.png")
-    assert grid.size == (320, 64)
-    for j in range(5):
-        tile = np.asarray(grid.crop((64 * j, 0, 64 * j + 64, 64)))
-        assert (tile == pixels(folder / f"00000/samples/{j:05d}.png")).all()
+    assert len({x.tobytes() for x in found.values()}) == 6
 
 
 def test_samples_list_names_every_image_with_its_prompt_indices_and_seed(images):
-    rows = [json.loads(line) for line in (images / "prompts.jsonl").read_text().splitlines()]
     expected = []
-    for i in range(3):
+    for i, line in enumerate((images / "prompts.jsonl").read_text().splitlines()):
         for j in range(2):
-            line = {"file": f"0000{i}/samples/0000{j}.png", "prompt": rows[i]["prompt"]}
-            line |= {"prompt_index": i, "image_index": j, "seed": 3, "noise_index": j}
-            expected.append(line)
+            row = {"file": f"0000{i}/samples/0000{j}.png", "prompt": json.loads(line)["prompt"]}
+            row |= {"prompt_index": i, "image_index": j, "seed": 3, "noise_index": j}
+            expected.append(row)
     lines = (images / "2x4/samples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == expected
 
@@ -758,15 +749,10 @@ def test_diffusers_with_a_saved_transformer_or_lora_draws_the_same_image(trained
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("in_channels", 4),
-        ("out_channels", 8),
-        ("joint_attention_dim", 32),
-        ("pooled_projection_dim", 32),
-        ("patch_size", 2),
-        ("pos_embed_max_size", 8),
-        ("_class_name", "FluxTransformer2DModel"),
+        ("in_channels", 4), ("out_channels", 8), ("joint_attention_dim", 32), ("patch_size", 2),
+        ("pooled_projection_dim", 32), ("pos_embed_max_size", 8), ("_class_name", "FluxModel"),
     ],
-)
+)  # fmt: skip
 def test_transformer_that_does_not_fit_is_refused_by_the_field(tmp_path, no_model, field, value):
     config = json.loads((BASE / "transformer/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
@@ -896,6 +882,7 @@ FORMS = {
     "rslora": ("", settings(use_rslora=True), over_root),
     "alpha pattern": ("", settings(alpha_pattern={BLOCK: 3}), by_pattern),
     "one rank": ("", None, unit),
+    "half precision": ("", None, unit),
 }
 
 
@@ -904,6 +891,8 @@ def lora_file(matrices: dict, form: str, path: Path) -> tuple[Path, dict]:
     prefix, inside, _ = FORMS[form]
     if form == "one rank":
         matrices = {name: x for name, x in matrices.items() if RANKS[name] == 2}
+    if form == "half precision":
+        matrices = {name: (a.half(), b.half()) for name, (a, b) in matrices.items()}
     return write(named(matrices, prefix), path, inside), matrices
 
 
@@ -914,7 +903,7 @@ def test_every_matrix_of_a_lora_file_lands_with_its_scale(matrices, tmp_path, fo
     file, held = lora_file(matrices, form, tmp_path / "lora.safetensors")
     expected = base_transformer().state_dict()
     for name, (a, b) in held.items():
-        expected[f"{name}.weight"] += (b @ a) * FORMS[form][2](name)
+        expected[f"{name}.weight"] += (b.float() @ a.float()) * FORMS[form][2](name)
     merged = sample.load_transformer(str(BASE), file, torch.float32, CPU).state_dict()
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], x) for name, x in expected.items())
@@ -988,9 +977,8 @@ def test_lora_of_another_format_is_refused_with_the_way_to_convert_it_which_work
     weights, _ = sample.find_weights(str(converted))
     ours = sample.load_transformer(str(BASE), weights, torch.float32, CPU).state_dict()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert (ours[f"{OUT}.weight"] != base_transformer().state_dict()[f"{OUT}.weight"]).any() or (
-        kind == "peft"
-    )
+    was = base_transformer().state_dict()
+    assert sum(not torch.equal(ours[name], x) for name, x in was.items()) >= len(RANKS)
 
 
 ROW = torch.ones(2, 128)
@@ -1016,7 +1004,8 @@ REFUSED = {
     "DoRA": ({f"{BLOCK}.lora_magnitude_vector": ROW[0]}, None, ["lora_magnitude_vector"]),
     "DoRA by settings": ({}, settings(use_dora=True), ["use_dora"]),
     "settings of a later peft": ({}, settings(use_other=True), ["use_other"]),
-    "another start": ({}, settings(init_lora_weights="pissa"), ["init_lora_weights"]),
+    "another start": ({}, settings(init_lora_weights="pissa"), ["init_lora_weights=pissa"]),
+    "trained biases": ({}, settings(bias="all"), ["bias=all"]),
     "settings of a text encoder": ({}, settings("text_encoder."), ["text_encoder."]),
     "settings of another rank": ({}, settings(rank_pattern={}), ["1.attn.to_out.0", "size"]),
     "alpha that is a text": ({}, settings(lora_alpha="5"), []),
@@ -1242,11 +1231,9 @@ def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeyp
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["line 2", "Expecting value"]),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', ["line 2", '"prompt"']),
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}\n', ["line 2", "Expecting value"]),
         ("p.jsonl", '{"prompt": 3}\n', ["line 1", '"prompt"']),
         ("p.jsonl", "[]\n", ["line 1", '"prompt"']),
         ("p.jsonl", "", ["ends"]),
-        ("p.txt", "a\n\nb\n", ["line 2", '"prompt"']),
         ("p.txt", "a\nb\n  \n", ["line 3", '"prompt"']),
         ("p.txt", "", ["ends"]),
         ("p.txt", b"a\nb\n\xff\n", ["line 3", "utf-8"]),
@@ -1259,7 +1246,6 @@ def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeyp
         ("p.csv", "Prompts,Category\na,b\n,b\n", ["line 3", '"prompt"']),
         ("p.csv", "Prompts,Category\na,b\na cat, a dog,b\n", ["line 3", "cells"]),
         ("p.csv", 'Prompts,Category\n"a\nb",c\n"d"e,f\n', ["line 4"]),
-        ("p.tsv", "Text\tCategory\na\tb\n", ["line 1", "header", "Text", "Category"]),
         ("p.tsv", "Prompt,Category\na,b\n", ["line 1", "header", "Prompt,Category"]),
         ("p.tsv", "Prompt\tCategory\na\tb\nc\n", ["line 3", "cells"]),
         ("p.json", "a\n", [".jsonl", ".txt", ".csv", ".tsv"]),
