@@ -244,8 +244,6 @@ def test_noise_is_a_function_of_seed_prompt_and_the_images_of_that_prompt_before
     noise = torch.cat(seen[:2])
     assert torch.equal(noise, torch.stack(expected)) and torch.equal(noise, torch.cat(seen[2:]))
     assert len({x.numpy().tobytes() for x in noise}) == 9
-    a = pixels(run(tmp_path / "c", **QUICK | {"seed": 4}) / FIRST)
-    assert (a != pixels(run(tmp_path / "d", **QUICK) / FIRST)).any()
 
 
 A, B, C = "a photo of a red circle", "a photo of two blue squares", "a photo of a green triangle"
@@ -909,23 +907,6 @@ def test_every_matrix_of_a_lora_file_lands_with_its_scale(matrices, tmp_path, fo
     assert all(torch.equal(merged[name], x) for name, x in expected.items())
     merged = sample.load_transformer(str(BASE), file, torch.bfloat16, CPU).state_dict()
     assert all(torch.equal(merged[name], x.bfloat16()) for name, x in expected.items())
-
-
-@pytest.mark.parametrize("form", ["train.py's", "settings", "saved by diffusers"])
-def test_lora_file_gives_the_weights_that_diffusers_gives(matrices, trained, tmp_path, form):
-    file = trained / "lora" / sample.LORA
-    if form in FORMS:
-        file, _ = lora_file(matrices, form, tmp_path / sample.LORA)
-    pipe = StableDiffusion3Pipeline.from_pretrained(BASE)
-    pipe.load_lora_weights(file.parent)
-    pipe.fuse_lora(components=["transformer"])
-    pipe.unload_lora_weights()
-    theirs = pipe.transformer.state_dict()
-    ours = sample.load_transformer(str(BASE), file, torch.float32, CPU).state_dict()
-    was = base_transformer().state_dict()
-    changed = [name for name in was if not torch.equal(ours[name], was[name])]
-    assert len(changed) == (len(RANKS) if form in FORMS else 7)
-    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
