@@ -472,7 +472,8 @@ def sample_images(
             v = guided_velocity(v_uncond, v_cond, guidance_scale)
         z = pipe.scheduler.step(v, timestep, z, return_dict=False)[0]
     latents = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    with torch.autocast(z.device.type, enabled=False):  # within which train.py calls this
+        pixels = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
@@ -673,7 +674,7 @@ def save_grid(paths: list[Path], columns: int, path: Path) -> None:
 
 
 def run_job(
-    args: Args, rows: list[dict], job: Job, pipe, transformer, embeds, hosts: dist.ProcessGroup
+    args: Args, rows: list[dict], job: Job, pipe, transformer, embeds, cpu_group: dist.ProcessGroup
 ) -> None:
     """This rank's share of a job. samples.jsonl is written last, when every image is there.
     Raises ValueError: this rank has other settings, prompts or weights than rank 0."""
@@ -683,16 +684,16 @@ def run_job(
     paths = [job.folder / image["file"] for image in images]
     if rank == 0:
         prepare(job, rows)
-    dist.barrier(hosts)
+    dist.barrier(cpu_group)
     check_folder(job.folder, job.protocol)
     own = range(rank * size, len(images), world_size * size)
     left = [k for k in own if not all(path.is_file() for path in paths[k : k + size])]
     batches = [images[k : k + size] for k in left]
     draw_images(args, job.folder, pipe, transformer, embeds, batches)
-    dist.barrier(hosts)
+    dist.barrier(cpu_group)
     for i in range(rank, len(rows), world_size):
         save_grid(paths[count * i : count * (i + 1)], count, job.folder / f"{i:05d}/grid.png")
-    dist.barrier(hosts)
+    dist.barrier(cpu_group)
     if rank == 0:
         lines = [json.dumps(image) + "\n" for image in images]
         save_whole("".join(lines), job.folder / "samples.jsonl")
@@ -711,7 +712,7 @@ def main(args: Args) -> None:
     rows = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
     texts = [row["prompt"] for row in rows]
     rank, _, device = init_distributed()
-    hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks may end far apart
+    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks may end far apart
     jobs = plan(args, rows)
     max_sequence_length = jobs[0].protocol["max_sequence_length"]
     base = args.pretrained_model_name_or_path
@@ -732,7 +733,7 @@ def main(args: Args) -> None:
             if args.compile:
                 torch.compiler.reset()  # else the last transformer's graphs count against the limit
                 transformer.compile(dynamic=False)  # else kernels depend on the sizes seen before
-            run_job(args, rows, job, pipe, transformer, embeds, hosts)
+            run_job(args, rows, job, pipe, transformer, embeds, cpu_group)
         if rank == 0 and len(jobs) > 1:
             compare(args, rows, jobs)
     dist.destroy_process_group()

@@ -5,12 +5,13 @@
 
 `python train.py` runs one process; --dry_run checks all data, takes one step in memory, says what
 would run, and writes nothing. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1, goes
-on from its last checkpoint when the same command is given again. The defaults are those of the
+on from its last checkpoint when the same command is given again (torchrun ends its ranks 30 s after
+a signal: see experiments/README.md, Signals, for more). The defaults are those of the
 published runs on subsets: 5,000 steps of 8 GPUs x 4 images.
 
 Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
 place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
-also by quarter of sigma (1 is the cleanest); validation-NNNNNN.png. A checkpoint is whole if it has
+also by quarter of sigma (1 is the cleanest); validation-NNNNNN/. A checkpoint is whole if it has
 its name. Every random number is a function of (seed, step, sample): the number of GPUs changes only
 the order of sums.
 """
@@ -23,7 +24,6 @@ import io
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import statistics
@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache
 from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -51,7 +50,6 @@ import tyro
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
@@ -111,8 +109,10 @@ class DataConfig:
     image_column: str = "image"
     """Not read with metadata.jsonl, where it is file_name."""
     caption_column: str = "text"
-    minima: Annotated[dict[str, float], tyro.conf.arg(name="min")] = field(default_factory=dict)
-    """Columns and numbers, such as aesthetic 6.8: leave out rows below."""
+    minima: Annotated[
+        dict[str, float], tyro.conf.arg(name="min"), tyro.conf.UseAppendAction
+    ] = field(default_factory=dict)
+    """A column and a number, such as aesthetic 6.8: leave out rows below. May be given again."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Rows that cannot be used are listed; then stop, or go on without them."""
     reader_threads: int = 4
@@ -141,13 +141,14 @@ class TrainingConfig:
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     lora_rank: int | None = None
-    """Train LoRA matrices of this rank beside the attention's, alpha = rank, not all weights."""
+    """Train LoRA matrices of this rank, alpha = rank, on the attention, in place of all weights."""
     cond_dropout_rate: float = 0.0
     """Share of samples trained with an empty caption."""
     max_sequence_length: int = 77
     """T5 tokens that a caption is padded or cut to."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    """What forwards run in. Trained weights, optimizer, states, losses and the VAE are float32."""
+    """What forwards run in, and frozen weights are in: text encoders, those below LoRA. Trained
+    weights, optimizer, states, losses and the VAE are float32."""
     seed: int = 42
 
     def __post_init__(self):
@@ -170,8 +171,8 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """How a run goes and what it reports; no weight depends on it but by rounding."""
+class JobConfig:
+    """How the job is done and what it reports; no weight depends on it but by rounding."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time, same bits."""
@@ -209,7 +210,7 @@ class Args:
     checkpoint, a diffusers transformer folder or a LoRA file."""
     training: TrainingConfig = TrainingConfig()
     soar: SoarConfig = SoarConfig()
-    run: RunConfig = RunConfig()
+    job: JobConfig = JobConfig()
 
 
 # --- Data: a table, all of which every start reads ------------------------------------------------
@@ -217,31 +218,46 @@ class Args:
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow's limit, 1 MB, is below what workflow editors write
 
 
-def read_table(dataset: str, image_column: str) -> tuple[datasets.Dataset, Path]:
+def read_table(data: DataConfig) -> tuple[datasets.Dataset, Path]:
     """The rows of --dataset, in its own order, and the folder that image paths start from.
     Raises ValueError, FileNotFoundError: it cannot be read; names the file and the mend."""
-    path = Path(dataset)
+    path = Path(data.dataset)
     if not path.exists():
-        return datasets.load_dataset(dataset, split="train"), Path()
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        return datasets.load_dataset(data.dataset, split="train"), Path()
     if (path / "metadata.jsonl").is_file():
-        table = load_files("json", [path / "metadata.jsonl"])
-        return table.rename_column("file_name", image_column), path
+        return read_metadata(path / "metadata.jsonl", data), path
+    files = sorted(path.glob("[!.]*.parquet")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".parquet":
         raise ValueError(
             f"--dataset {path}: expected a folder with metadata.jsonl, a .parquet file, a folder of"
             " them, or a hub id. README, Data, says how to make one"
         )
-    return load_files("parquet", files), files[0].parent
-
-
-def load_files(kind: str, files: list[Path]) -> datasets.Dataset:
-    """The rows of files of one kind. Raises ValueError: names the first, and what is wrong."""
     names = [glob.escape(str(file)) for file in files]
     try:
-        return datasets.load_dataset(kind, data_files=names, split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"--dataset {files[0]} cannot be read: {error.__cause__}") from None
+        return datasets.load_dataset("parquet", data_files=names, split="train"), files[0].parent
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+        raise ValueError(f"--dataset {path} cannot be read: {error.__cause__ or error}") from None
+
+
+def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
+    """The columns of metadata.jsonl that data names; file_name becomes the image column."""
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}, line {number}: expected a JSON object: {error}") from None
+    known = {name for row in rows for name in row}
+    columns = {name: [row.get(name) for row in rows] for name in data.minima if name in known}
+    texts = {data.image_column: "file_name", data.caption_column: data.caption_column}
+    for column, name in texts.items():
+        if name in known:  # a row without a text there is listed later, by its number
+            values = [row.get(name) for row in rows]
+            columns[column] = [x if isinstance(x, str) else None for x in values]
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file}: a column of --min mixes kinds of values: {error}") from None
 
 
 def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
@@ -250,7 +266,7 @@ def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
     keep = np.full(len(table), True)
     for column, least in minima.items():
         try:
-            keep &= np.array(table[column][:], dtype=float) >= least
+            keep &= np.array(list(table[column]), dtype=float) >= least
         except (TypeError, ValueError) as error:
             raise ValueError(f"--min {column}: it holds no numbers: {error}") from None
     return np.flatnonzero(keep).tolist()
@@ -258,8 +274,8 @@ def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
 
 def decode(content: bytes) -> Image.Image:
     """8-bit RGB in sRGB, turned by its EXIF orientation, on white where it is transparent.
-    Raises ValueError: it has more than 8 bits; Pillow's errors: it is broken, or its colour profile
-    is not for its pixels."""
+    Raises ValueError: its one channel has more than 8 bits; Pillow's errors: it is broken, or its
+    colour profile is not for its pixels."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode[0] in "IF":
         raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode}): convert it to 8")
@@ -275,16 +291,16 @@ def decode(content: bytes) -> Image.Image:
     return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
 
 
-def number_of(*parts: bytes) -> int:
+def int_digest(*parts: bytes) -> int:
     """60 bits of a SHA-256 of these parts: a digest that fits an int64 tensor."""
     found = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
     return int(found.hexdigest()[:15], 16)
 
 
 def in_threads(function: Callable, items: Iterator, threads: int, ahead: int) -> Iterator:
-    """function of each item, in order, by threads, up to `ahead` items before they are asked for.
-    Threads, as they end with the process, and no signal or fork reaches them; Pillow, hashes and
-    torch's random numbers let go of the interpreter's lock."""
+    """Yields function(item) in the order of items, computed by threads up to `ahead` items early.
+    Raises what function raises when that item's turn comes. Threads, not processes: they end with
+    this one, however it ends, and nothing is forked beside a GPU."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for item in items:
@@ -302,7 +318,7 @@ class Pairs:
 
     def __init__(self, data: DataConfig):
         self.data = data
-        table, self.folder = read_table(data.dataset, data.image_column)
+        table, self.folder = read_table(data)
         for column in (data.image_column, data.caption_column, *data.minima):
             if column not in table.column_names:
                 raise ValueError(f"--dataset has no column {column}: {table.column_names}")
@@ -312,75 +328,74 @@ class Pairs:
             raise ValueError(
                 f"--image_column holds no images, but {table.features[data.image_column]}"
             ) from None
-        self.rows = at_least(table, data.minima)  # their numbers in --dataset
+        self.rows = at_least(table, data.minima)  # number in --dataset, by index of the pair
         self.digests: list[int] = []
         self.processor = VaeImageProcessor(vae_scale_factor=1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check(self, hosts: dist.ProcessGroup) -> str:
+    def check(self, cpu_group: dist.ProcessGroup) -> str:
         """Read all rows, each rank a share, and leave out, or stop at, what cannot be used.
         Returns what was found, in words. Raises ValueError: rows that cannot be used."""
-        data, chosen, rank = self.data, self.rows, dist.get_rank(hosts)
-        found = torch.zeros(len(chosen), 2, dtype=torch.int64)  # digest and shorter side; 0 if bad
-        own = range(rank, len(chosen), dist.get_world_size(hosts))
+        data, chosen, rank = self.data, self.rows, dist.get_rank(cpu_group)
+        found = torch.zeros(len(chosen), dtype=torch.int64)  # digests; 0 if it cannot be used
+        own = range(rank, len(chosen), dist.get_world_size(cpu_group))
         rows = (chosen[i] for i in own)
         verdicts = in_threads(self.inspect, rows, data.reader_threads, 8 * data.reader_threads)
         for i, verdict in zip(tqdm(own, desc="checking rows", disable=rank > 0), verdicts):
-            found[i] = torch.tensor(verdict[:2])
-        dist.all_reduce(found, group=hosts)  # a row is 0 on all ranks but one
-        digests, sides = found.T.tolist()
-        bad = [row for row, side in zip(chosen, sides) if side == 0]
-        said = f"{len(chosen) - len(bad)} of {len(self.table)}, {len(bad)} unusable"
-        said += "".join(f"\n  row {row} {self.inspect(row)[2]}" for row in bad[:20])
-        if bad and data.on_bad_row == "stop":
+            found[i] = verdict[0]
+        dist.all_reduce(found, group=cpu_group)  # a row is 0 on all ranks but one
+        good = found > 0
+        self.rows = [row for row, fine in zip(chosen, good.tolist()) if fine]
+        self.digests = found[good].tolist()
+        said = f"{len(self)} of {len(self.table)}, {len(chosen) - len(self)} unusable"
+        for row in sorted(set(chosen) - set(self.rows))[:20]:  # read again, for the words
+            said += f"\n  {self.inspect(row)[1] or f'row {row}: another rank cannot read it'}"
+        if len(self) < len(chosen) and data.on_bad_row == "stop":
             raise ValueError(
                 f"--dataset {data.dataset}: {said}\n"
                 "Correct these rows, or leave them out by --on_bad_row skip"
             )
-        self.rows = [row for row, side in zip(chosen, sides) if side]
-        self.digests = [digest for digest, side in zip(digests, sides) if side]
-        small = sum(0 < side < data.resolution for side in sides)
-        said += f"; {small} are smaller than {data.resolution} pixels and enlarged"
         return f"{said}; {len(self) - len(set(self.digests))} are repeated"
 
-    def inspect(self, row: int) -> tuple[int, int, str]:
-        """(digest, shorter side in pixels, "") of a row, or (0, 0, what is wrong with it)."""
+    def inspect(self, row: int) -> tuple[int, str]:
+        """(digest, "") of a row, or (0, what is wrong with it)."""
         try:
-            digest, image, _ = self.load(row)
-            return digest, min(image.size), ""
-        except Exception as error:  # whatever Pillow raises: the row is listed with it
-            cell = self.table[row][self.data.image_column] or {}
-            return 0, 0, f"({cell.get('path')}): {type(error).__name__}: {error}"[:300]
+            return self.load(row)[0], ""
+        except ValueError as error:
+            return 0, str(error)[:300]
 
-    def load(self, row: int) -> tuple[int, Image.Image, str]:
-        """Digest, image and caption of a row. Raises ValueError, and what decode raises."""
-        cells = self.table[row]
-        cell, caption = cells[self.data.image_column], cells[self.data.caption_column]
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"its {self.data.caption_column} is {caption!r}, expected a text")
-        if cell is None or not (cell["bytes"] or cell["path"]):
-            raise ValueError("it has no image")
-        content = cell["bytes"] or (self.folder / cell["path"]).read_bytes()
-        return number_of(content, caption.encode()), decode(content), caption
+    def load(self, row: int, checked: int | None = None) -> tuple[int, Image.Image, str]:
+        """Digest, image and caption of a row. Raises ValueError: names the row, its file and what
+        is wrong, also where the digest is not the checked one."""
+        path = None
+        try:
+            cells = self.table[row]
+            cell, caption = cells[self.data.image_column], cells[self.data.caption_column]
+            path = cell and cell["path"]
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(f"its {self.data.caption_column} is {caption!r}, expected a text")
+            if cell is None or not (cell["bytes"] or path):
+                raise ValueError("it has no image")
+            content = cell["bytes"] or (self.folder / path).read_bytes()
+            digest = int_digest(content, caption.encode())
+            if checked not in (None, digest):
+                raise ValueError("it has changed since the check, or this node has other data")
+            return digest, decode(content), caption
+        except Exception as error:  # whatever Pillow raises
+            raise ValueError(f"row {row} ({path}): {type(error).__name__}: {error}") from None
 
     def read(self, index: int) -> tuple[Tensor, str]:
-        """Pixels (3, R, R) in [-1, 1] and caption of a pair. Raises RuntimeError: it has changed
-        since it was checked."""
-        digest, image, caption = self.load(self.rows[index])
-        if digest != self.digests[index]:
-            raise RuntimeError(
-                f"row {self.rows[index]} of {self.data.dataset} is not what was checked: it has"
-                " changed, or this node has other data"
-            )
+        """Pixels (3, R, R) in [-1, 1] and caption of a pair. Raises ValueError: it has changed."""
+        _, image, caption = self.load(self.rows[index], self.digests[index])
         size = (self.data.resolution, self.data.resolution)
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
         return self.processor.preprocess(image)[0], caption
 
     def captions(self) -> list[str]:
         column = self.data.caption_column
-        return self.table.select_columns(column).select(self.rows)[column][:]
+        return list(self.table.select_columns(column).select(self.rows)[column])
 
 
 # --- Data: what a step takes ----------------------------------------------------------------------
@@ -395,43 +410,40 @@ class Batch(NamedTuple):
     draws: Draws
 
 
-@lru_cache(2)
-def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=seeded(seed, "epoch", epoch))
-
-
-def step_rows(num_rows: int, global_batch: int, seed: int, step: int) -> list[int]:
-    """The rows of a step's global batch; steps count from 1. An epoch is a permutation of all rows,
-    a function of (seed, epoch), cut into global batches; the remainder is dropped."""
-    epoch, k = divmod(step - 1, num_rows // global_batch)
-    order = epoch_order(num_rows, seed, epoch)
+def step_indices(num_pairs: int, global_batch: int, seed: int, step: int) -> list[int]:
+    """The pairs of a step's global batch, by index; steps count from 1. An epoch is a permutation
+    of all pairs, a function of (seed, epoch), cut into global batches; the rest is dropped."""
+    epoch, k = divmod(step - 1, num_pairs // global_batch)
+    order = torch.randperm(num_pairs, generator=seeded(seed, "epoch", epoch))
     return order[k * global_batch : (k + 1) * global_batch].tolist()
 
 
 def batched(draws: list[Draws]) -> Draws:
     """Draws of one sample each, joined along their batch dimensions."""
+    where = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)  # B is in each field's shape
     joined = []
-    for values, dimension in zip(zip(*draws), Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)):
+    for values, dimension in zip(zip(*draws), where):
         joined.append(None if values[0] is None else torch.cat(values, dimension))
     return Draws(*joined)
 
 
 def read_batches(
-    pairs: Pairs, args: Args, shape: tuple[int, ...], rank: int, global_batch: int, start: int
+    pairs: Pairs, args: Args, shape: tuple[int, ...], rank: int, global_batch: int, done: int
 ) -> Iterator[Batch]:
-    """This rank's batches after step start, with latents of shape (C, h, w), made by threads ahead
+    """This rank's batches after step done, with latents of shape (C, h, w), made by threads ahead
     of time, so that the host reads and draws nothing between two steps. What is random is a
     function of (seed, step, sample of the global batch)."""
     training, size = args.training, args.training.train_batch_size
-    accumulated, threads = training.gradient_accumulation_steps, args.data.reader_threads
+    num_micros, threads = training.gradient_accumulation_steps, args.data.reader_threads
 
     def make(key: tuple[int, int]) -> Batch:
         step, micro = key
-        rows = step_rows(len(pairs), global_batch, training.seed, step)
-        first = micro * global_batch // accumulated + rank * size
+        indices = step_indices(len(pairs), global_batch, training.seed, step)
+        # A micro-batch is a run of world_size * size samples, rank by rank.
+        first = micro * (global_batch // num_micros) + rank * size
         pixels, captions, noise, draws = [], [], [], []
         for i in range(first, first + size):
-            image, caption = pairs.read(rows[i])
+            image, caption = pairs.read(indices[i])
             dropped = torch.rand((), generator=seeded(training.seed, "caption", step, i))
             pixels.append(image)
             captions.append("" if dropped < training.cond_dropout_rate else caption)
@@ -439,8 +451,8 @@ def read_batches(
             draws.append(draw((1, *shape), args.soar, seeded(training.seed, "draws", step, i)))
         return Batch(torch.stack(pixels), captions, torch.stack(noise), batched(draws))
 
-    keys = product(range(start + 1, training.max_train_steps + 1), range(accumulated))
-    return in_threads(make, keys, threads, ahead=accumulated + threads)
+    keys = product(range(done + 1, training.max_train_steps + 1), range(num_micros))
+    return in_threads(make, keys, threads, ahead=num_micros + threads)  # a step, and a batch each
 
 
 # --- Model and optimizer --------------------------------------------------------------------------
@@ -452,27 +464,27 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 
 
 def load_trainable(
-    name_or_path: str, start: Path | None, training: TrainingConfig, device: torch.device
+    name_or_path: str, weights: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer of the folder or LoRA file start, else of the pipeline, on device. What is
+    """The transformer of the folder or LoRA file weights, else of the pipeline, on device. What is
     trained is float32. Raises ValueError: the weights do not fit."""
     if training.lora_rank is None:
-        model = load_transformer(name_or_path, start, torch.float32, device)
+        model = load_transformer(name_or_path, weights, torch.float32, device)
         return model.requires_grad_(True).train()
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = load_transformer(name_or_path, None, dtype, torch.device("cpu"))
-    if start is None:
+    if weights is None:
         add_lora(model, training.lora_rank, training.seed)
-    elif start.is_dir():
+    elif weights.is_dir():
         raise ValueError(
-            f"--transformer is {start}, but with --lora_rank only matrices are saved: give a LoRA"
+            f"--transformer is {weights}, but with --lora_rank only matrices are saved: give a LoRA"
             " file, or a pipeline with that transformer"
         )
     else:
-        load_lora(model, start)
+        load_lora(model, weights)
         scales = {x.scaling["default"] for x in model.modules() if hasattr(x, "scaling")}
         if scales != {1.0} or model.peft_config["default"].r != training.lora_rank:
-            raise ValueError(f"{start}: rank or alpha is not --lora_rank {training.lora_rank}")
+            raise ValueError(f"{weights}: rank or alpha is not --lora_rank {training.lora_rank}")
     return model.to(device).train()
 
 
@@ -541,8 +553,8 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. The schedule's steps 0 and max_train_steps + 1, whose factor may be
-    0, are not taken. Raises ValueError: diffusers cannot make the schedule."""
+    there is no state to save. The schedule has max_train_steps + 1 steps, of which 0 and the last,
+    whose factor may be 0, are not taken. Raises ValueError: polynomial at a rate under 1e-7."""
     scheduler = get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps + 1,
@@ -556,7 +568,7 @@ def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Ca
 def save_checkpoint(
     path: Path, transformer: SD3Transformer2DModel, optimizer: torch.optim.AdamW, state: dict
 ) -> None:
-    """Write checkpoint-NNNNNN whole or not at all: beside it, to the disk, then renamed.
+    """Write checkpoint-NNNNNN whole or not at all: under a name with a dot, to the disk, renamed.
     Raises OSError: it could not be written; nothing of it is left."""
     staging = path.with_name(f".{path.name}")
     moments = {
@@ -584,9 +596,9 @@ def save_checkpoint(
 
 
 def delete_old(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest checkpoints only. A rename first: what is being deleted is none any more."""
+    """Keep the newest checkpoints only. Renamed first: half of one must not pass for a whole."""
     for path in checkpoints(output_dir)[:-limit] if limit else []:
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}")), ignore_errors=True)
 
 
 def wait_for(path: Path, seconds: int = 300) -> None:
@@ -602,7 +614,7 @@ def wait_for(path: Path, seconds: int = 300) -> None:
         time.sleep(0.5)
 
 
-def newest_checkpoint(output_dir: Path, hosts: dist.ProcessGroup) -> Path | None:
+def newest_checkpoint(output_dir: Path, cpu_group: dist.ProcessGroup) -> Path | None:
     """The checkpoint to go on from, the newest that any rank sees; None for a fresh start.
     Raises ValueError: output_dir is in other use; FileNotFoundError: a rank does not see it."""
     if visible(output_dir) and not (output_dir / "metrics.jsonl").is_file():
@@ -611,7 +623,7 @@ def newest_checkpoint(output_dir: Path, hosts: dist.ProcessGroup) -> Path | None
         )
     found = [int(path.name.split("-")[1]) for path in checkpoints(output_dir)]
     step = torch.tensor(max(found, default=0))
-    dist.all_reduce(step, dist.ReduceOp.MAX, group=hosts)
+    dist.all_reduce(step, dist.ReduceOp.MAX, group=cpu_group)
     if step == 0:
         return None
     path = output_dir / f"checkpoint-{step:06d}"
@@ -619,17 +631,18 @@ def newest_checkpoint(output_dir: Path, hosts: dist.ProcessGroup) -> Path | None
     return path
 
 
-def run_settings(args: Args, start: Path | None, global_batch: int) -> dict:
-    """All that the result of a run depends on, but for its data and rounding."""
+def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
+    """What a resumed run must share: all that its result depends on, but for rounding and the data,
+    which set_up adds."""
     values = dataclasses.asdict(args.training) | dataclasses.asdict(args.soar)
-    del values["train_batch_size"], values["gradient_accumulation_steps"]
+    del values["train_batch_size"], values["gradient_accumulation_steps"]  # see global_batch
     if args.training.lr_scheduler.startswith("constant"):
-        del values["max_train_steps"]
+        del values["max_train_steps"]  # such a run may be made longer
     base = args.pretrained_model_name_or_path
     return values | {
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
-        "pipeline": identity(base, "rest")[:16],
-        "transformer": (digest(start) if start else identity(base, "transformer"))[:16],
+        "pipeline": identity(base, "rest"),
+        "transformer": digest(weights) if weights else identity(base, "transformer"),
         "resolution": args.data.resolution,
         "global_batch": global_batch,
     }
@@ -646,13 +659,13 @@ def check_same(was: dict, now: dict, output_dir: Path) -> None:
         )
 
 
-def check_ranks_agree(values: dict, hosts: dist.ProcessGroup) -> None:
+def check_ranks_agree(values: dict, cpu_group: dist.ProcessGroup) -> None:
     """Raises ValueError: a value of rank 0's is another on some rank; names it."""
-    own = torch.tensor([number_of(str(value).encode()) for value in values.values()])
+    own = torch.tensor([int_digest(str(value).encode()) for value in values.values()])
     first = own.clone()
-    dist.broadcast(first, 0, group=hosts)
+    dist.broadcast(first, 0, group=cpu_group)
     differs = (own != first).long()
-    dist.all_reduce(differs, group=hosts)
+    dist.all_reduce(differs, group=cpu_group)
     names = [f"{name} (here {values[name]})" for name, x in zip(values, differs.tolist()) if x]
     if names:
         raise ValueError(
@@ -665,7 +678,8 @@ def check_ranks_agree(values: dict, hosts: dist.ProcessGroup) -> None:
 
 # bf16, dense, from the data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "B200": 2250}
-# Each is a mean: of steps, of base points or of auxiliary points; errors are unweighted.
+# loss, grad_norm: means over steps. base, aux: mean error of a point, unweighted; behind each the
+# same by quarter of sigma, an order that add_term relies on.
 METRICS = (
     "loss", "grad_norm",
     "base", "base_sigma_1", "base_sigma_2", "base_sigma_3", "base_sigma_4",
@@ -673,7 +687,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def no_sums(device: torch.device) -> Tensor:
+def zero_sums(device: torch.device) -> Tensor:
     """(metric, 2) float64: sums and counts, whose ratios are the METRICS."""
     return torch.zeros(len(METRICS), 2, dtype=torch.float64, device=device)
 
@@ -682,11 +696,11 @@ def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
     """Add a term's errors to sums, in all and by quarter of sigma."""
     row = METRICS.index("aux" if auxiliary else "base")
     counts = term.counts.double()
-    pairs = torch.stack([term.error.double() * counts, counts], dim=1)
+    errors = torch.stack([term.error.double() * counts, counts], dim=1)
     sums[METRICS.index("loss"), 0] += term.loss.detach()
-    sums[row] += pairs.sum(0)
+    sums[row] += errors.sum(0)
     quarter = (4 * term.sigma).long().clamp(max=3)
-    sums.index_add_(0, row + 1 + quarter, pairs)
+    sums.index_add_(0, row + 1 + quarter, errors)
 
 
 def means(sums: Tensor) -> dict[str, float]:
@@ -694,29 +708,25 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step start, and
-    TensorBoard's files. Clears away what a run that was killed while it wrote has left."""
+    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step done, and
+    TensorBoard's files. Deletes unfinished checkpoints: for the holder of output_dir's lock."""
 
-    def __init__(self, output_dir: Path, start: int):
+    def __init__(self, output_dir: Path, done: int):
         for path in output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         file = output_dir / "metrics.jsonl"
         lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
         whole = [x for x in lines if x.endswith("}")]  # the last may be half written, in a crash
-        kept = [x + "\n" for x in whole if json.loads(x)["step"] <= start]
+        kept = [x + "\n" for x in whole if json.loads(x)["step"] <= done]
         save_whole("".join(kept), file)
         self.file = file.open("a", buffering=1)
-        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=start + 1)
+        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=done + 1)
 
     def write(self, line: dict[str, float]) -> None:
         self.file.write(json.dumps(line) + "\n")
         os.fsync(self.file.fileno())
         for name, value in line.items():
             self.writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.writer.close()
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -726,12 +736,12 @@ def note_signals() -> list[int]:
     """From now on SIGTERM, SIGINT and SIGUSR1 are put on this list and do nothing else."""
     noted = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: noted.append(number))
+        signal.signal(number, lambda signum, _: noted.append(signum))
     return noted
 
 
 def gpu_peak(device: torch.device, bf16: bool) -> float:
-    """FLOP a second of the GPU; infinite if it is not known."""
+    """FLOP a second of the GPU; infinite if not known, so that times computed from it are 0."""
     name = torch.cuda.get_device_name() if device.type == "cuda" and bf16 else ""
     return next((1e12 * x for gpu, x in PEAK_TFLOPS.items() if gpu in name), math.inf)
 
@@ -746,13 +756,13 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
-    hosts: dist.ProcessGroup  # for what hosts agree on, and for their long waits
+    cpu_group: dist.ProcessGroup  # gloo, of all ranks: for tensors on the CPU, and for long waits
     pairs: Pairs
-    found: str  # by the check of the pairs
+    found: str  # what Pairs.check said
     global_batch: int
     settings: dict
     step: int  # steps done
-    totals: Tensor  # of no_sums: since the last line of metrics
+    totals: Tensor  # as zero_sums: since the last line of metrics; rank 0 uses them
     pipe: StableDiffusion3Pipeline  # without its transformer
     transformer: SD3Transformer2DModel
     ddp: DistributedDataParallel
@@ -760,35 +770,37 @@ class Run:
     lr_factor: Callable
     uncond: dict[str, Tensor]  # the empty prompt's embeddings, for a batch
     latent_shape: tuple[int, int, int]
-    seconds: list[float] = field(default_factory=list)  # of each step since then
+    seconds: list[float] = field(default_factory=list)  # of each step since the last line
 
 
 def set_up(args: Args) -> Run:
     """Check and load everything; writes nothing.
     Raises ValueError, OSError: names a flag, file or row that cannot be used."""
     base, training = args.pretrained_model_name_or_path, args.training
-    start = None
+    weights = None
     if args.transformer:
-        start, _ = find_weights(args.transformer)
-        check_fit(args.transformer, start, base)
+        weights, _ = find_weights(args.transformer)
+        check_fit(args.transformer, weights, base)
     pairs = Pairs(args.data)
     rank, world_size, device = init_distributed()
-    hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
-    settings = run_settings(args, start, batch)
-    check_ranks_agree(flags(args) | settings | {"number of rows": len(pairs)}, hosts)
-    checkpoint = newest_checkpoint(args.output_dir, hosts)
-    found = pairs.check(hosts)
-    settings["data"] = hashlib.sha256(json.dumps(pairs.digests).encode()).hexdigest()[:16]
-    state = {"step": 0, "sums": no_sums(device).tolist()}
+    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    global_batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
+    settings = run_settings(args, weights, global_batch)
+    check_ranks_agree(flags(args) | settings | {"number of rows": len(pairs)}, cpu_group)
+    checkpoint = newest_checkpoint(args.output_dir, cpu_group)
+    state = {"step": 0, "sums": zero_sums(device).tolist(), "settings": settings}
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        check_same(state["settings"], settings, args.output_dir)
-        start, _ = find_weights(str(checkpoint))
-    if len(pairs) < batch:
+        weights, _ = find_weights(str(checkpoint))
+    # Twice, as to read the data takes a while.
+    check_same(state["settings"], state["settings"] | settings, args.output_dir)
+    found = pairs.check(cpu_group)
+    settings["data"] = int_digest(json.dumps(pairs.digests).encode())
+    check_same(state["settings"], settings, args.output_dir)
+    if len(pairs) < global_batch:
         raise ValueError(
             f"--dataset {args.data.dataset} has {len(pairs)} pairs, fewer than a global batch of"
-            f" {batch}"
+            f" {global_batch}"
         )
     if state["step"] > training.max_train_steps:
         raise ValueError(
@@ -796,28 +808,28 @@ def set_up(args: Args) -> Run:
         )
 
     pipe = load_frozen(args, device)
-    transformer = load_trainable(base, start, training, device)
+    transformer = load_trainable(base, weights, training, device)
     check_size(pipe, transformer, resolution=args.data.resolution)
-    if args.run.gradient_checkpointing:
+    if args.job.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(training, trained(transformer), checkpoint)
     lr_factor = make_lr_factor(training, optimizer)
     uncond = encode_prompts(pipe, [""] * training.train_batch_size, training.max_sequence_length)
     side = args.data.resolution // pipe.vae_scale_factor
     shape = (transformer.config.in_channels, side, side)
-    dist.barrier(hosts)  # a slow disk may take longer than nccl would wait for it
+    dist.barrier(cpu_group)  # a slow disk may take longer than nccl would wait for it
     ddp = make_ddp(transformer)
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
-        rank, world_size, device, hosts, pairs, found, batch, settings, state["step"], totals,
-        pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
+        rank, world_size, device, cpu_group, pairs, found, global_batch, settings, state["step"],
+        totals, pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
     )  # fmt: skip
 
 
 def flags(args: Args) -> dict:
     """All flags, by name."""
     values = dataclasses.asdict(args)
-    for group in ("data", "training", "soar", "run"):
+    for group in ("data", "training", "soar", "job"):
         values |= values.pop(group)
     return values
 
@@ -825,7 +837,7 @@ def flags(args: Args) -> dict:
 def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
     """The pipeline without its transformer. Raises ValueError: --shift is not its sampler's."""
     dtype = torch.bfloat16 if args.training.bf16 else torch.float32
-    encoders = torch.device(args.run.text_encoder_device or device)
+    encoders = torch.device(args.job.text_encoder_device or device)
     pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device, encoders)
     if pipe.scheduler.config.shift != args.soar.shift:
         raise ValueError(
@@ -866,8 +878,8 @@ def report(args: Args, run: Run, flops: float, least_seconds: float) -> None:
     duration = f"; {hours:.1f} hours at 40 % of the GPUs' peak" if hours else ""
     size = sum(x.numel() for x in trained(run.transformer).values())
     each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
-    kept = math.ceil(steps / args.run.checkpointing_steps)
-    kept = min(kept, (args.run.checkpoints_total_limit or kept) + 1)  # a new one comes first
+    kept = math.ceil(steps / args.job.checkpointing_steps)
+    kept = min(kept, (args.job.checkpoints_total_limit or kept) + 1)  # a new one comes first
     needed = each * max(kept - len(checkpoints(folder)), 1)
     free = free_bytes(folder) / 1e9
     print(f"""model        {args.transformer or args.pretrained_model_name_or_path}
@@ -875,7 +887,7 @@ trained      {size / 1e6:,.1f} M parameters
 pairs        {run.found}
 captions     {cut} of {len(captions)} are cut at {length} tokens{same}
 global batch {run.global_batch} = {run.world_size} processes x {split}
-steps        {steps}, {run.step} done; an epoch is {len(captions) // run.global_batch}{duration}
+steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch{duration}
 a step       {args.soar.num_terms} terms of each image; {flops / 1e12:.2f} TFLOP in all
 written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB are free
 """, end="", flush=True)
@@ -897,14 +909,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Batch]) -> None:
-    """Take the next step. Raises FloatingPointError, as update does."""
-    start = time.perf_counter()
+    """Take the next step. Raises what update raises, and ValueError: an image has changed."""
+    began = time.perf_counter()
     training, soar, device, pipe = args.training, args.soar, run.device, run.pipe
-    sums = no_sums(device)
+    sums = zero_sums(device)
     batches = list(islice(batches, training.gradient_accumulation_steps))
-    # Gradients are of a sum over the global batch, DDP takes means over ranks: so divide.
+    # The loss is a sum over the global batch / normalizer; DDP takes means of gradients over the
+    # ranks, so each rank divides its own part by normalizer / world_size.
     normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in batches)
-    dist.all_reduce(normalizer, group=run.hosts)
+    dist.all_reduce(normalizer, group=run.cpu_group)
     normalizer = normalizer.item() / run.world_size
 
     for batch in batches:
@@ -915,11 +928,12 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is batches[-1])
 
+    # A rank's losses are world_size times its part, see above: their mean over ranks is the loss.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, batches, sums)
     run.step, run.totals = run.step + 1, run.totals + sums
-    run.seconds.append(time.perf_counter() - start)
+    run.seconds.append(time.perf_counter() - began)
 
 
 def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
@@ -928,13 +942,14 @@ def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
     training, step = args.training, run.step + 1
     parameters = list(trained(run.transformer).values())
     norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+    # DDP has averaged the gradients, so all ranks have the same norm: it is not reduced.
     sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
     if not sums.isfinite().all():  # the host waits here for the device, once a step
-        rows = step_rows(len(run.pairs), run.global_batch, training.seed, step)
+        indices = step_indices(len(run.pairs), run.global_batch, training.seed, step)
         sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), args.soar.shift)
         raise FloatingPointError(
             f"loss or gradient of step {step} is not finite; no weight was changed by it. Its rows"
-            f" of --dataset: {[run.pairs.rows[i] for i in rows]}; its sigma on rank {run.rank}:"
+            f" of --dataset: {[run.pairs.rows[i] for i in indices]}; its sigma on rank {run.rank}:"
             f" {sigma.min():.4f} to {sigma.max():.4f}"
         )
     run.optimizer.param_groups[0]["lr"] = training.learning_rate * run.lr_factor(step)
@@ -958,10 +973,11 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
 
 
 def validate(args: Args, run: Run, texts: list[str]) -> None:
-    """An image per prompt, which the ranks share out, side by side in output_dir: from the noise
-    that sample.py draws for --seed, the same at each validation."""
-    training, soar, side = args.training, args.soar, args.data.resolution
-    images = torch.zeros(len(texts), side, side, 3, dtype=torch.uint8)
+    """Write an image for each prompt, which the ranks share out, to a folder in output_dir: from
+    the noise that sample.py has for a prompt's first image and --seed."""
+    training, soar = args.training, args.soar
+    folder = args.output_dir / f"validation-{run.step:06d}"
+    folder.mkdir(exist_ok=True)
     uncond = {key: x[:1] for key, x in run.uncond.items()}
     for i in range(run.rank, len(texts), run.world_size):
         generator = seeded(training.seed, texts[i], 0)
@@ -975,11 +991,7 @@ def validate(args: Args, run: Run, texts: list[str]) -> None:
                 run.pipe, run.transformer, noise, cond, uncond, soar.num_sampling_steps,
                 soar.guidance_scale,
             )  # fmt: skip
-        images[i] = torch.from_numpy(np.array(image))
-    dist.all_reduce(images, group=run.hosts)  # each is 0 on all ranks but the one that made it
-    if run.rank == 0:
-        row = make_image_grid([Image.fromarray(x) for x in images.numpy()], 1, len(texts))
-        save_whole(row, args.output_dir / f"validation-{run.step:06d}.png")
+        save_whole(image, folder / f"{i:05d}.png")
 
 
 def save(args: Args, run: Run) -> None:
@@ -988,21 +1000,21 @@ def save(args: Args, run: Run) -> None:
         state = {"step": run.step, "settings": run.settings, "sums": run.totals.tolist()}
         path = args.output_dir / f"checkpoint-{run.step:06d}"
         save_checkpoint(path, run.transformer, run.optimizer, state)
-        delete_old(args.output_dir, args.run.checkpoints_total_limit)
-    dist.barrier(run.hosts)
+        delete_old(args.output_dir, args.job.checkpoints_total_limit)
+    dist.barrier(run.cpu_group)
 
 
-def any_signal(noted: list[int], hosts: dist.ProcessGroup) -> int:
+def any_signal(noted: list[int], cpu_group: dist.ProcessGroup) -> int:
     """The number of a signal that came to a rank, 0 if to none; the same on all ranks."""
     number = torch.tensor(max(noted, default=0))
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=hosts)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=cpu_group)
     return int(number)
 
 
 def train(args: Args, stack: contextlib.ExitStack) -> None:
     """A run from its checks to its last checkpoint, or to one that a signal asks for."""
-    training, rest, steps = args.training, args.run, args.training.max_train_steps
-    prompts = read_prompts(rest.validation_prompts) if rest.validation_prompts else []
+    training, job, steps = args.training, args.job, args.training.max_train_steps
+    prompts = read_prompts(job.validation_prompts) if job.validation_prompts else []
     texts = [row["prompt"] for row in prompts]
     run = set_up(args)
     velocity = make_velocity(run.ddp, run.device, training.bf16)
@@ -1014,61 +1026,56 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     if run.rank == 0:
         report(args, run, flops, least_seconds)
     batches = read_batches(run.pairs, args, run.latent_shape, run.rank, run.global_batch, run.step)
-    if rest.dry_run:
-        training_step(args, run, velocity, batches)
-        print(f"memory       {peak_memory(run.device):.2f} GB at its peak on rank {run.rank}")
+    if job.dry_run:
+        if run.step < steps:
+            training_step(args, run, velocity, batches)
+        peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+        print(f"memory       {peak:.2f} GB of rank {run.rank}'s GPU at the peak of a step")
         return
     noted = note_signals()
     log = start_writing(args, run, stack)
-    if rest.compile:
+    if job.compile:
         compile_blocks(run.transformer)
     if texts and run.step == 0:
         validate(args, run, texts)
     bar = tqdm(total=steps, initial=run.step, desc="steps", disable=run.rank > 0)
-    number = 0
+    stop_signal = 0
 
-    while run.step < steps and not number:
+    while run.step < steps and not stop_signal:
         training_step(args, run, velocity, batches)
         bar.update()
-        number = any_signal(noted, run.hosts)
-        if log is not None and run.step % rest.logging_steps == 0:
+        stop_signal = any_signal(noted, run.cpu_group)
+        if log is not None and run.step % job.logging_steps == 0:
             line = metrics_line(run, least_seconds)
             log.write(line)
             bar.set_postfix(loss=line["loss"])
-        if texts and (run.step % rest.validation_steps == 0 or run.step == steps):
-            validate(args, run, texts)
-        if number or run.step % rest.checkpointing_steps == 0 or run.step == steps:
+        last = run.step == steps
+        if stop_signal or last or run.step % job.checkpointing_steps == 0:
             save(args, run)
+        if texts and not stop_signal and (last or run.step % job.validation_steps == 0):
+            validate(args, run, texts)
 
     bar.close()
     said = f"complete; to see it: python sample.py --transformer {args.output_dir} ..."
-    if number:
-        said = f"stopped by {signal.Signals(number).name}; the same command goes on"
+    if stop_signal:
+        said = f"stopped by {signal.Signals(stop_signal).name}; the same command goes on"
     if run.rank == 0:
         print(f"{args.output_dir}: step {run.step} of {steps} is saved; {said}", flush=True)
 
 
 def metrics_line(run: Run, least_seconds: float) -> dict[str, float]:
-    """The METRICS since the last line, the seconds of a step, and this rank's peak of memory since
+    """The METRICS since the last line, the seconds of a step, and this GPU's peak of memory since
     its start; mfu: the share of the GPUs' peak speed that is used. Starts the next sums."""
     seconds = statistics.mean(run.seconds)
-    line = {"step": run.step} | means(run.totals) | {
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "step_seconds": seconds,
-        "peak_memory_gb": peak_memory(run.device),
-    }
+    line = {"step": run.step} | means(run.totals)
+    line |= {"lr": run.optimizer.param_groups[0]["lr"], "step_seconds": seconds}
+    if run.device.type == "cuda":
+        line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     if least_seconds:
         line["mfu"] = least_seconds / seconds
     run.totals.zero_()
     run.seconds.clear()
     return line
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB: of the GPU, or of this process, since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def start_writing(args: Args, run: Run, stack: contextlib.ExitStack) -> Log | None:
@@ -1078,8 +1085,8 @@ def start_writing(args: Args, run: Run, stack: contextlib.ExitStack) -> Log | No
     if run.rank == 0:
         stack.enter_context(locked(args.output_dir))
         log = Log(args.output_dir, run.step)
-        stack.callback(log.close)
-    dist.barrier(run.hosts)
+        stack.callback(log.writer.close)
+    dist.barrier(run.cpu_group)
     wait_for(args.output_dir / "metrics.jsonl")
     return log
 

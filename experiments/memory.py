@@ -253,7 +253,7 @@ def step(args: Args, way: Way, tracker: Tracker) -> tuple[Copies, int, int]:
     tracker.track_external(transformer, optimizer, pipe.vae, *texts)
     with tracker, Copies(transformer.parameters()) as copies:
         uncond = encode_prompts(pipe, [""] * args.batch_size, 77)
-        sums = train.no_sums(CPU)
+        sums = train.zero_sums(CPU)
         z0 = encode_images(pipe, pixels, noise)
         cond = encode_prompts(pipe, ["picture"] * args.batch_size, 77)
         terms = soar_terms(velocity, z0, draws, cond, uncond, config, normalizer=1.0)

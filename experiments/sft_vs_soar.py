@@ -65,7 +65,7 @@ from sample import (
     sync,
 )
 from soar import Draws, SoarConfig, draw, guided_velocity, interpolate, rollout_step, soar_terms
-from train import batched, make_velocity, step_rows
+from train import batched, make_velocity, step_indices
 
 GUIDANCE, SAMPLING_STEPS, IMAGE_SEEDS = 4.5, 40, 16
 STARTS = (0, 10, 20)  # of the 40 sampler steps, where drift's trajectories begin: sigma 1, 0.9, 0.75
@@ -245,7 +245,7 @@ def load_base(world: World, weights: Path | None = None) -> SD3Transformer2DMode
 
 def step_inputs(world: World, config: SoarConfig, seed: int, step: int, batch: int) -> tuple[Tensor, Draws, dict, dict]:
     """What soar_terms takes at a step, counted from 1: z0, draws, cond, uncond, as train.py has them for this seed."""
-    rows, shape, vae = step_rows(len(world.mean), batch, seed, step), world.mean.shape[1:], world.pipe.vae
+    rows, shape, vae = step_indices(len(world.mean), batch, seed, step), world.mean.shape[1:], world.pipe.vae
     draws = batched([draw((1, *shape), config, seeded(seed, "draws", step, i)) for i in range(batch)])
     noise = torch.stack([torch.randn(shape, generator=seeded(seed, "vae", step, i)) for i in range(batch)])
     z0 = (world.mean[rows] + world.std[rows] * noise - vae.config.shift_factor) * vae.config.scaling_factor

@@ -170,7 +170,7 @@ class Bench:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
-        sums = train.no_sums(self.device)
+        sums = train.zero_sums(self.device)
         gradients(self, sums)
         train.update(self.settings, self, [], sums)
         return sums

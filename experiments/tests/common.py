@@ -33,7 +33,7 @@ def words_of(flags: dict) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, dict):
-            words += [f"--{name}", *(str(word) for item in value.items() for word in item)]
+            words += [str(word) for item in value.items() for word in (f"--{name}", *item)]
         else:
             values = value if isinstance(value, tuple | list) else [value]
             words += [f"--{name}", *map(str, values)]
