@@ -12,26 +12,27 @@ To use it elsewhere, copy this file: it needs torch and einops.
     t       (B,)      sampler time, 1 = noise: sigma = shift t / (1 + (shift - 1) t)
     v       (B, ...)  velocity dz/dsigma, what the model predicts; z1 - z0 on the ideal path
 
-One training step (algorithm 1 of the SOAR paper), for B samples:
+One training step (algorithm 1 of the SOAR paper), for B samples; sigma(t) is that of the line on t:
 
     0. draw      z1 ~ N(0, I); t = sigmoid(n), n ~ N(0, 1), raised to t_min where it is below.
     1. base      sigma = sigma(t), z = (1 - sigma) z0 + sigma z1. Target z1 - z0. This is SFT.
-    2. rollout   One sampler step from z, no gradient, with K steps from noise to data:
+    2. rollout   One of K sampler steps, from z, by the model as it is, without a gradient:
                  t_next = max(t - 1/K, t_min), sigma_next = sigma(t_next),
-                 v = v_uncond + guidance_scale (v_cond - v_uncond),
+                 v = v_uncond + guidance_scale (v_cond - v_uncond), both at z and sigma,
                  z_hat = z + (sigma_next - sigma) v.
     3. re-noise  To N auxiliary points, each at a level sigma_aux, uniform from sigma_next to 1:
                  alpha = (sigma_aux - sigma_next) / (1 - sigma_next),
                  z_aux = (1 - alpha) z_hat + alpha z1, the same z1.
     4. correct   Target (z_aux - z0) / sigma_aux, for the model with the prompt.
-    5. loss      error = w(sigma) * mean over a sample's elements of (v - target)^2, w = 1 if not
-                 given, and at auxiliary points w(sigma_aux). The loss is the weighted mean
+    5. loss      error = w(sigma) * mean over a sample's elements of (v - target)^2, at an auxiliary
+                 point w(sigma_aux); w is the weighting, 1 if none is given. The loss is
                  (sum of base errors + lambda * sum of auxiliary errors) / (B + lambda * points),
-                 where points = B N, the number of auxiliary errors in the whole global batch.
+                 a weighted mean; points = B N auxiliary errors. B and points are those of the
+                 global batch, over all ranks and micro-batches.
 
 With M > 1 (num_rollout_paths) there are M rollouts from z, of N points each: the first is that of
-step 2, each other one takes a stochastic step. Of those the samples whose t - 1/K is not above
-t_min do not count, so `points` depends on t. With one path all count.
+step 2, each other one takes a stochastic step. In those others a sample whose t - 1/K is not above
+t_min does not count, so `points` depends on t. With one path all samples count.
 
 The model is called only as velocity(z, sigma, cond) -> v: z in z0's dtype, sigma in float32 or
 better (a diffusers model takes timestep = 1000 * sigma). States, targets and losses are float32 or
@@ -70,7 +71,7 @@ class SoarConfig:
     sde_type: str = "flow_sde"  # the step of the other paths: simple, sde, flow_sde or cps
     sde_noise_scale: float = 0.5  # eta, how much noise such a step adds; sde does not read it
     shared_noise: bool = True  # False: each path has a z1 of its own to go toward (an ablation)
-    sigma_upper_ratio: float = math.inf  # sigma_aux <= min(ratio * sigma, 1)
+    sigma_upper_ratio: float = math.inf  # bounds sigma_aux: uniform to min(ratio * sigma, 1)
 
     def __post_init__(self):
         _check_config(self)
@@ -159,7 +160,7 @@ def correction_target(z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
 class Draws(NamedTuple):
     z1: Tensor  # (B, ...) ~ N(0, I), as path_noise and path_z1
     t: Tensor  # (B,) in [t_min, 1]
-    u: Tensor  # (M, N, B) in [0, 1): where sigma_aux lies between sigma_next and its upper bound
+    u: Tensor  # (M, N, B) in [0, 1): where sigma_aux lies from sigma_next to 1, or to its bound
     path_noise: Tensor  # (M - 1, B, ...) for the stochastic steps, so empty with one path
     path_z1: Tensor | None  # (M, B, ...), or None if shared_noise
 
@@ -183,8 +184,8 @@ def with_levels(draws: Draws, sigma: Tensor, config: SoarConfig) -> Draws:
     below sigma(t_min) is raised to it. Looks at their values: a GPU is waited for once."""
     _expect("sigma", sigma, draws.t.shape, draws.t.device)
     if not ((sigma >= 0) & (sigma <= 1)).all():
-        came = f"from {sigma.min():g} to {sigma.max():g}"
-        raise ValueError(f"sigma is {came}, expected noise levels in [0, 1], as timesteps / 1000")
+        raise ValueError(f"sigma is from {sigma.min():g} to {sigma.max():g}, expected noise levels "
+                         "in [0, 1], as timesteps / 1000")
     sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
     return draws._replace(t=t_from_sigma(sigma, config.shift).clamp(config.t_min, 1))
 
@@ -300,7 +301,7 @@ def _rollout_end(t: Tensor, config: SoarConfig) -> tuple[Tensor, Tensor]:
     """Where the rollout from t ends; whether that is above t_min, where stochastic points count."""
     t_next = t - 1 / config.num_sampling_steps
     end = t_next.clamp(min=config.t_min)
-    # Never above t: float32's t_min, which a t may be, can lie below t_min.
+    # Never above t, which may be t_min rounded to float32, and that may be a little less.
     return torch.minimum(end, t), t_next > config.t_min
 
 
@@ -393,10 +394,9 @@ def _checked_draws(draws: Draws, z0: Tensor, config: SoarConfig) -> Draws:
 
 def _check_uncond(cond: Any, uncond: Any, config: SoarConfig) -> None:
     if uncond is None:
-        w = config.guidance_scale
-        if config.num_terms > 1 and w != 1:
-            came = f"uncond is None and guidance_scale {w:g}"
-            raise ValueError(f"{came}: pass uncond, or guidance_scale=1")
+        if config.num_terms > 1 and config.guidance_scale != 1:
+            raise ValueError(f"uncond is None and guidance_scale {config.guidance_scale:g}: pass "
+                             "uncond, or guidance_scale=1")
     elif not (isinstance(uncond, type(cond)) or isinstance(cond, type(uncond))):
         # Else a config passed in uncond's place would be taken for uncond.
         came = f"uncond is a {type(uncond).__name__}"
