@@ -154,7 +154,8 @@ def test_loss_and_gradients_equal_sft_bit_for_bit_when_lambda_or_n_is_zero(case)
     expected = (weighting(sigma) * error).sum() / len(z0)
 
     (term,) = case.terms(velocity, weighting=weighting)
-    loss = soar.soar_loss(*case.arguments(velocity), weighting=weighting)
+    inputs = case.arguments(velocity)[:4]  # uncond is not needed
+    loss = soar.soar_loss(*inputs, config=case.config, weighting=weighting)
     each = case.sft(sigma.double(), weighting=weighting)
     assert len(calls) == 3  # expected, term and loss take one each
     assert each.shape == case.shape[:1]
