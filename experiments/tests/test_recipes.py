@@ -510,7 +510,7 @@ def test_rollout_is_the_first_step_of_the_pipeline(cls, monkeypatch):
 
 
 ROLLOUT_MISTAKES = {
-    "sd3, no uncond": (SD3, "cond, uncond, config", "cond, None, config"),
+    "sd3, uncond": (SD3, "cond, uncond, config", "cond, cond, config"),
     "flux, guidance": (Flux, "(len(z0),), 3.5", "(len(z0),), 1.5"),
     "flux2, guidance": (Flux2, "(len(z0),), 4.0", "(len(z0),), 1.5"),
     "flux, w": (Flux, "guidance_scale=0.0", "guidance_scale=1.0"),
@@ -525,6 +525,12 @@ def test_a_mistake_in_a_rollout_is_noticed(cls, old, new, monkeypatch):
     assert text.count(old) == 1
     ours, pipeline = rollout_of(cls, monkeypatch, text.replace(old, new))
     assert (ours - pipeline).abs().max() > 0.01
+
+
+def test_a_recipe_without_uncond_raises(monkeypatch):
+    text = edited(SD3.stub(), SD3.heading, self_test=False).replace("cond, uncond, config", "cond, config=config")
+    with pytest.raises(ValueError, match="pass uncond, or guidance_scale=1"):
+        soar_run(SD3, monkeypatch, text)
 
 
 def test_lora_and_accumulation_give_gradients_of_the_adapters_alone(monkeypatch):
