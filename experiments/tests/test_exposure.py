@@ -92,11 +92,12 @@ def test_the_exact_flow_has_a_share_as_well(data_std, share):
     flow = exact_flow(data_std)
 
     def velocity(z, sigma, prompt):
-        a, b = (x.float()[:, None] for x in flow(sigma.double()))
-        a_uncond = flow.uncond(sigma.double())[0].float()[:, None]
-        return a * z + b * c if prompt else a_uncond * z
+        here = flow if prompt else flow.uncond
+        a, b = here(sigma.double())
+        return (a[:, None] * z + b[:, None] * c).float()
 
-    found = exposure(velocity, c + data_std * n, {"c": c}, {}, generator=generator, repeats=1)
+    z0 = c + data_std * n
+    found = exposure(velocity, z0, {"c": c}, {}, generator=generator, repeats=1)
     assert found.share == pytest.approx(share, rel=0.1)
     assert found.errors["off"].mean() > found.errors["on"].mean()
 
