@@ -247,13 +247,14 @@ def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
             rows.append(dict(json.loads(line)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}, line {number}: expected a JSON object: {error}") from None
-    known = {name for row in rows for name in row}
-    columns = {name: [row.get(name) for row in rows] for name in data.minima if name in known}
-    texts = {data.image_column: "file_name", data.caption_column: data.caption_column}
-    for column, name in texts.items():
-        if name in known:  # a row without a text there is listed later, by its number
-            values = [row.get(name) for row in rows]
-            columns[column] = [x if isinstance(x, str) else None for x in values]
+    known, columns = {name for row in rows for name in row}, {}
+    for column in (data.image_column, data.caption_column, *data.minima):
+        name = "file_name" if column == data.image_column else column
+        if name not in known:
+            raise ValueError(f"{file} has no column {name}: {known}")
+        columns[column] = [row.get(name) for row in rows]
+        if column not in data.minima:  # a row without a text there is listed later, by its number
+            columns[column] = [x if isinstance(x, str) else None for x in columns[column]]
     try:
         return datasets.Dataset.from_dict(columns)
     except pyarrow.ArrowException as error:
@@ -376,7 +377,7 @@ class Pairs:
             path = cell and cell["path"]
             if not isinstance(caption, str) or not caption.strip():
                 raise ValueError(f"its {self.data.caption_column} is {caption!r}, expected a text")
-            if cell is None or not (cell["bytes"] or path):
+            if not cell or not (cell["bytes"] or path):
                 raise ValueError("it has no image")
             content = cell["bytes"] or (self.folder / path).read_bytes()
             digest = int_digest(content, caption.encode())
@@ -803,9 +804,7 @@ def set_up(args: Args) -> Run:
             f" {global_batch}"
         )
     if state["step"] > training.max_train_steps:
-        raise ValueError(
-            f"--max_train_steps is {training.max_train_steps}, but {checkpoint} is further"
-        )
+        raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
 
     pipe = load_frozen(args, device)
     transformer = load_trainable(base, weights, training, device)
@@ -945,11 +944,11 @@ def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
     # DDP has averaged the gradients, so all ranks have the same norm: it is not reduced.
     sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
     if not sums.isfinite().all():  # the host waits here for the device, once a step
-        indices = step_indices(len(run.pairs), run.global_batch, training.seed, step)
+        batch = step_indices(len(run.pairs), run.global_batch, training.seed, step)
         sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), args.soar.shift)
         raise FloatingPointError(
             f"loss or gradient of step {step} is not finite; no weight was changed by it. Its rows"
-            f" of --dataset: {[run.pairs.rows[i] for i in indices]}; its sigma on rank {run.rank}:"
+            f" of --dataset: {[run.pairs.rows[i] for i in batch]}; its sigma on rank {run.rank}:"
             f" {sigma.min():.4f} to {sigma.max():.4f}"
         )
     run.optimizer.param_groups[0]["lr"] = training.learning_rate * run.lr_factor(step)
@@ -1029,8 +1028,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     if job.dry_run:
         if run.step < steps:
             training_step(args, run, velocity, batches)
-        peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
-        print(f"memory       {peak:.2f} GB of rank {run.rank}'s GPU at the peak of a step")
+        print(f"memory       {torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "on rank", run.rank)
         return
     noted = note_signals()
     log = start_writing(args, run, stack)

@@ -94,6 +94,9 @@ def main(args: Args) -> None:
     print(f"\n{'GenEval task':<14} {'base':>7} {'SFT':>7} {'SOAR':>7}   of {args.num_prompts} prompts, one image each")
     for task in scores["base"]:
         print(f"{task:<14}", *(f"{found[task]:7.1%}" for found in scores.values()))
+    right = [[json.loads(x)["correct"] for x in (job.folder / "results.jsonl").open()] for job in jobs[1:]]
+    alone = [sum(one and not other for one, other in zip(*pair)) for pair in (right, right[::-1])]
+    print(f"SFT alone is right on {alone[0]} prompts, SOAR alone on {alone[1]}")
     print(f"{args.max_train_steps} steps took {seconds['sft']:.0f} s with SFT, {seconds['soar']:.0f} s with SOAR")
     print(f"{output / 'images/compare.png'}: from the left base, SFT, SOAR")
 
