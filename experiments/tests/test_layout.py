@@ -85,6 +85,12 @@ def test_a_file_at_the_top_is_easy_to_read(path: Path):
         assert length <= LONGER.get((path.name, name), FUNCTION_LINES), name
 
 
+@pytest.mark.parametrize("name, most", [("train.py", 5200), ("sample.py", 3700)])
+def test_the_trainer_and_the_sampler_stay_small(name, most):
+    tree = ast.parse((ROOT / name).read_text())
+    assert sum(isinstance(x, ast.stmt | ast.expr) for x in ast.walk(tree)) <= most
+
+
 def test_the_files_at_the_top_import_one_another_in_one_direction_only():
     found = {path.name: imported(path.read_text()) & OURS for path in FILES}
     assert found == {
