@@ -595,17 +595,23 @@ def unirl(checkout: Path, dtype: torch.dtype) -> tuple:
         algorithm = kind(
             pipeline=pipeline, params=params, conditions_cls=SD3Conditions, timestep_shift=3.0
         )
-        randn_of = torch.randn
-        seen = lambda shape, **x: noise if shape == noise.shape else randn_of(shape, **x)  # noqa: E731
+        normal = torch.randn
+
+        def given(shape, **options):
+            return noise if shape == noise.shape else normal(shape, **options)
+
         torch.manual_seed(5)  # the levels
-        with mock.patch("torch.randn", seen):
+        with mock.patch("torch.randn", given):
             result = algorithm.compute_loss_and_backward(
                 conditions={"text": text(2)}, segment=segment, advantages=None,
                 training_progress=0.0, loss_scale=0.25,
             )  # fmt: skip
         return torch.tensor(result.loss)
 
-    return noise, lambda: step(FlowMatchSFT), lambda: step(Recipe.load("soar_unirl").FlowMatchSOAR), net
+    def ours():
+        return step(Recipe.load("soar_unirl").FlowMatchSOAR)
+
+    return noise, lambda: step(FlowMatchSFT), ours, net
 
 
 def flow_matching(checkout: Path, dtype: torch.dtype) -> tuple:
@@ -666,17 +672,35 @@ TRAINERS = {  # option: heading of the page, function, file of recipes/, driver
     "flow_matching": ("flow_matching", "train_one_epoch", "soar_flow_matching", flow_matching),
 }  # fmt: skip
 WRONG = {  # of each recipe: what is written wrong in its file, so that its loss must change
-    "diffsynth": [("timestep=(1000 * sigma)", "timestep=(sigma)"), ("cond, uncond,", "cond, cond,")],
-    "musubi": [("1000 * sigma + offset", "1000 * sigma"), ("[empty] * len", "[empty * 0] * len")],
+    "diffsynth": [
+        ("timestep=(1000 * sigma)", "timestep=(sigma)"),
+        ("cond, uncond,", "cond, cond,"),
+    ],
+    "musubi": [
+        ("1000 * sigma + offset", "1000 * sigma"),
+        ("[empty] * len", "[empty * 0] * len"),
+    ],
     "ai_toolkit": [("1000 * sigma, cond", "sigma, cond"), ("mask.sqrt()", "mask")],
-    "simpletuner": [('"timesteps"] =', '"times"] ='), ("* (z.ndim - 1)), **", "* z.ndim), **")][:1],
+    "simpletuner": [('new["timesteps"] =', 'new["times"] =')],
     "sd_scripts": [("w * sigma**2", "w"), ("context=cond[0]", "context=0 * cond[0]")],
     "onetrainer": [("1000 * sigma - 1", "1000 * sigma"), ("(timestep + 1)", "timestep")],
-    "ltx_video": [("torch.where(known, 0, ", "torch.where(known, 1000, "), ("1 / free", "0 * free + 1")],
-    "diffusion_pipe": [("(z.detach(), 1000 * sigma", "(z.detach(), sigma"), ("timestep / 1000", "timestep / 2000")],
-    "unirl": [('"sigma": sigma,', '"sigma": 1 - sigma,'), ("guidance_scale=4.5", "guidance_scale=1.5")],
-    "flow_matching": [("return -model(z, 1 - sigma", "return model(z, 1 - sigma"), ("1 - t, config)", "t, config)")],
-}  # fmt: skip
+    "ltx_video": [
+        ("torch.where(known, 0, ", "torch.where(known, 1000, "),
+        ("1 / free", "0 * free + 1"),
+    ],
+    "diffusion_pipe": [
+        ("(z.detach(), 1000 * sigma", "(z.detach(), sigma"),
+        ("timestep / 1000", "timestep / 2000"),
+    ],
+    "unirl": [
+        ('"sigma": sigma,', '"sigma": 1 - sigma,'),
+        ("guidance_scale=4.5", "guidance_scale=1.5"),
+    ],
+    "flow_matching": [
+        ("return -model(z, 1 - sigma", "return model(z, 1 - sigma"),
+        ("1 - t, config)", "t, config)"),
+    ],
+}
 ROUNDED = {  # of trainers that round their times: what makes the recipe do so, to compare
     "ltx_video": ("1000 * sigma.unsqueeze(1)", "(1000 * sigma).round().unsqueeze(1)"),
 }

@@ -1,5 +1,5 @@
-"""SOAR in Lightricks/LTX-Video-Trainer, without reference videos; given first frames are kept. Needs
-soar.py and streamed.py beside it; the page says where it is called.
+"""SOAR in Lightricks/LTX-Video-Trainer, without reference videos; a given first frame is kept.
+Needs soar.py and streamed.py beside it; the page says where it is called.
 """
 
 import math
