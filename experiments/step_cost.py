@@ -685,7 +685,7 @@ def host_seconds(args: Args, pairs: train.Pairs, images: int) -> dict[str, float
     shape = (16, side, side)
     training = train.TrainingConfig(4, accumulated, max_train_steps=args.repeats)
     settings = train.Args(pairs.data, Path("unused"), training=training)
-    batches = train.read_batches(pairs, settings, shape, rank=0, global_batch=images, start=0)
+    batches = train.read_batches(pairs, settings, shape, rank=0, global_batch=images, done=0)
     first = next(batches)  # starts the threads
     drawn, taken = [], []
     for step in range(args.repeats):

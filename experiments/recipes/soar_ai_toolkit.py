@@ -3,8 +3,9 @@ it; the page says where it is called.
 """
 
 import torch
-from soar import SoarConfig, correction_target
 from streamed import streamed
+
+from soar import SoarConfig, correction_target
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.0, shift=3.0)
 

@@ -6,6 +6,7 @@ beside it.
 import functools
 
 import torch
+
 from soar import SoarConfig, draw, soar_loss, with_levels
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.0, shift=3.0)

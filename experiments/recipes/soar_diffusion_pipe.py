@@ -4,9 +4,10 @@ backward once, so it is one sum. Needs soar.py beside it; the page says where it
 
 import torch
 from models.sd3 import SD3Pipeline
-from soar import SoarConfig, draw, soar_loss, with_levels
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from soar import SoarConfig, draw, soar_loss, with_levels
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.5, shift=3.0)
 

@@ -3,6 +3,7 @@ each backward. Needs soar.py beside it; the page says where it is called.
 """
 
 import torch
+
 from soar import SoarConfig, draw, soar_loss, with_levels
 
 

@@ -7,8 +7,9 @@ import math
 import torch
 from ltxv_trainer.ltxv_utils import encode_prompt
 from ltxv_trainer.timestep_samplers import ShiftedLogitNormalTimestepSampler as Sampler
-from soar import SoarConfig, correction_target
 from streamed import streamed
+
+from soar import SoarConfig, correction_target
 
 
 def soar_loss_of(trainer, batch, prepared, model_inputs):

@@ -7,8 +7,9 @@ soar.py and streamed.py beside it.
 import torch
 from musubi_tuner import wan_train_network as script
 from safetensors.torch import load_file
-from soar import SoarConfig
 from streamed import streamed
+
+from soar import SoarConfig
 
 EMPTY = "empty_wan_te.safetensors"
 config = SoarConfig(num_sampling_steps=50, guidance_scale=5.0, shift=5.0)

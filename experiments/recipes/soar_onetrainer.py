@@ -5,6 +5,7 @@ is called.
 
 import torch
 from modules.util.enum.LossWeight import LossWeight
+
 from soar import SoarConfig, draw, soar_loss, with_levels
 
 SOAR = SoarConfig(num_sampling_steps=40, guidance_scale=4.5, shift=3.0)

@@ -6,8 +6,9 @@ arguments and without --fused_backward_pass. With cached text encoder outputs, "
 import sd3_train_network as script
 import torch
 from library import sd3_train_utils, strategy_base
-from soar import SoarConfig
 from streamed import streamed
+
+from soar import SoarConfig
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.5, shift=3.0)
 

@@ -3,8 +3,9 @@ called.
 """
 
 import torch
-from soar import SoarConfig
 from streamed import streamed
+
+from soar import SoarConfig
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.5, shift=3.0)
 

@@ -3,11 +3,12 @@ soar.py and streamed.py beside it.
 """
 
 import torch
-from soar import SoarConfig
 from streamed import streamed
 from unirl.algorithms.base import AlgorithmStepResult, typed_conditions
 from unirl.algorithms.sft import FlowMatchSFT
 from unirl.types.primitives import Texts
+
+from soar import SoarConfig
 
 config = SoarConfig(num_sampling_steps=40, guidance_scale=4.5, shift=3.0)
 
