@@ -143,7 +143,8 @@ class TrainingConfig:
     lora_rank: int | None = None
     """Train LoRA matrices of this rank, alpha = rank, on the attention, in place of all weights."""
     cond_dropout_rate: float = 0.0
-    """Share of samples trained with an empty caption."""
+    """Share of samples trained with an empty caption. At 0 its velocity, which guidance starts
+    from, still moves with the shared weights; above 0 it is trained, by SOAR's terms too."""
     max_sequence_length: int = 77
     """T5 tokens that a caption is padded or cut to."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
