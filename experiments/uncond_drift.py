@@ -36,7 +36,7 @@ LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.98)
 MEASURES = ("uncond", "cond", "guidance", "error")
 LAMBDAS, RATES = {"SFT": 0.0, "SOAR": 1.0}, (0.0, 0.1)
 TRAIN = Path(__file__).parents[1] / "train.py"
-WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PAIRS_MEASURED = 96
 
 
@@ -44,7 +44,6 @@ def flags_of(run: Path, steps: int, objective: str, rate: float, seed: int) -> l
     """train.py's, with the optimizer's settings of sft_vs_soar."""
     flags = {"pretrained_model_name_or_path": DATA / "model", "dataset": PAIRS, "output_dir": run}
     flags |= {"resolution": 64, "max_sequence_length": MAX_SEQUENCE_LENGTH, "seed": seed}
-    flags |= {"dataloader_num_workers": 0}
     flags |= {"mixed_precision": "no", "train_batch_size": 16, "learning_rate": 3e-4}
     flags |= {"lr_scheduler": "linear", "lr_warmup_steps": 10, "max_train_steps": steps}
     flags |= {"lambda_aux": LAMBDAS[objective], "cond_dropout_rate": rate}
@@ -110,10 +109,11 @@ def main(output_dir: Path, steps: int = 300, seeds: int = 2, prompts: int = 240)
         for rate, objective in itertools.product(RATES, LAMBDAS):
             name = f"{objective}, rate {rate:g}"
             run = output_dir / f"{objective}-{rate:g}-{seed}"
-            if not (run / "final").exists():
+            last = run / f"checkpoint-{steps:06d}"
+            if not last.exists():
                 flags = flags_of(run, steps, objective, rate, seed)
                 subprocess.run([sys.executable, str(TRAIN), *flags], check=True)
-            model = load_base(world, run / WEIGHTS)
+            model = load_base(world, last / WEIGHTS)
             runs.setdefault(name, []).append(measured(world, model, base, prompts, seed))
             kept = {"commit": commit(), "steps": steps, "levels": LEVELS, "runs": runs}
             save_whole(json.dumps(kept) + "\n", output_dir / "uncond_drift.json")
