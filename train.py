@@ -321,9 +321,8 @@ class Pairs:
     def __init__(self, data: DataConfig):
         self.data = data
         table, self.folder = read_table(data)
-        for column in (data.image_column, data.caption_column, *data.minima):
-            if column not in table.column_names:
-                raise ValueError(f"--dataset has no column {column}: {table.column_names}")
+        columns = dict.fromkeys([data.image_column, data.caption_column, *data.minima])
+        table = table.select_columns(list(columns))  # its error names one that is not there
         try:
             self.table = table.cast_column(data.image_column, datasets.Image(decode=False))
         except (pyarrow.ArrowException, TypeError, ValueError):
