@@ -1,4 +1,4 @@
-"""Level by level: what SOAR changes in the velocity of networks, on pairs that no training has seen.
+"""Level by level: what SOAR changes in the velocity, on pairs that no training has seen.
 
     python -m experiments.levels                            # all of STAGES, then table and figures
     python -m experiments.levels --collect                  # table and figures of what is finished
@@ -235,7 +235,8 @@ def trajectories(world: World, velocity, pairs: Pairs) -> dict[str, dict]:
         z = interpolate(pairs.z0["drawn"], pairs.z1, sigmas[start].expand(len(pairs.z1)))
         for guidance in GUIDANCES:
             end = walk(world, velocity, z, pairs.cond, start, guidance)
-            made[f"{guidance:g} from {level:g}"] = {law: square(end - pairs.z0[law]) for law in LAWS}
+            errors = {law: square(end - pairs.z0[law]) for law in LAWS}
+            made[f"{guidance:g} from {level:g}"] = errors
     return made
 
 
