@@ -14,8 +14,8 @@ said otherwise. Each is measured without images, at the same pairs and noise for
     by_heart    small sets only: the share of sampled latents that are nearer to a training latent
                 than that one's nearest neighbour among all 2,000 is
 A run (arm, seed, size of the set, its noise) is a file of its own, renamed when whole: the same
-command goes on where it was killed. Intervals are over pairs, of the mean over seeds; a star says
-that the interval leaves out 0 and that all seeds have this sign.
+command goes on where it was killed. What they say together experiments/levels_table.py writes
+beside them: levels.json, levels.md and a figure for each size and noise.
 """
 
 import dataclasses
@@ -28,14 +28,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments import sft_vs_soar
-from experiments.optimum import exact_flow, line_of, optimum
 from experiments.sft_vs_soar import (
     CPU,
     QUICK,
@@ -101,7 +99,6 @@ STAGES = (  # pairs, standard deviation of the latents' noise (None: the VAE's o
     (WHOLE, 0.0, DEAR, SEEDS),
     (WHOLE, 0.05, DEAR, SEEDS),
 )
-COLORS = {"sft": "#d95f02", "sft_7_3": "#e6ab02", "soar_n1_l6": "#1b6ca8", "n1_still": "#2a9d5c"}
 
 
 class Job(NamedTuple):
@@ -309,210 +306,11 @@ def run(folder: Path, job: Job) -> float:
     return result["seconds"]
 
 
-# --- What follows from them ---
-
-
-def relative(ours: np.ndarray, theirs: np.ndarray) -> dict:
-    """The change of a mean error in %, from errors (seeds, pairs): its 95 % interval over pairs and
-    whether all seeds agree in its sign with an interval that leaves out 0."""
-    a, b = ours.mean(0), theirs.mean(0)
-    ratio = a.mean() / b.mean()
-    half = 1.96 * (a - ratio * b).std(ddof=1) / len(a) ** 0.5 / b.mean()
-    change, seeds = ratio - 1, ours.mean(1) / theirs.mean(1) - 1
-    clear = abs(change) > half and bool((np.sign(seeds) == np.sign(change)).all())
-    percent = {"change": change, "half": half}
-    made = {key: round(100 * float(x), 3) for key, x in percent.items()}
-    return made | {"clear": bool(clear), "by_seed": [round(100 * float(x), 3) for x in seeds]}
-
-
-def errors_of(run: dict) -> dict[str, list[float]]:
-    """{label: errors by pair} of all that is compared."""
-    made = {}
-    for law in LAWS:
-        for level, errors in zip(LEVELS, run["levels"][law]):
-            made[f"{law} {level:g}"] = errors
-        for label, errors in run["trajectory"].items():
-            made[f"{law}, {label}"] = errors[law]
-    return made
-
-
-def by_quarter(run: dict) -> dict[str, list[float]]:
-    """{law: held-out error over all levels at the quarters}, on the same pairs."""
-    made = {}
-    for law in LAWS:
-        points = [x[law] for _, x in sorted(run["quarters"].items(), key=lambda item: int(item[0]))]
-        points.append([errors[:QUARTER_PAIRS] for errors in run["levels"][law]])
-        made[law] = [round(float(np.mean(point)), 5) for point in points]
-    return made
-
-
-def summary(found: dict[int, dict], sft: dict[int, dict], base: dict) -> dict:
-    """What an arm's runs, by seed, say."""
-    made = {"seeds": sorted(found), "errors": {}, "minus_base": {}, "minus_sft": {}}
-    common = [seed for seed in found if seed in sft]
-    for label, start in errors_of(base).items():
-        errors = {seed: errors_of(x)[label] for seed, x in found.items()}
-        values = np.array(list(errors.values()))
-        made["errors"][label] = round(float(values.mean()), 5)
-        made["minus_base"][label] = relative(values, np.array([start] * len(values)))
-        if common and found is not sft:
-            ours = np.array([errors[seed] for seed in common])
-            theirs = np.array([errors_of(sft[seed])[label] for seed in common])
-            made["minus_sft"][label] = relative(ours, theirs)
-    quarters = [by_quarter(x) for x in found.values()]
-    made["quarters"] = {law: np.mean([x[law] for x in quarters], 0).tolist() for law in LAWS}
-    own = np.mean([[np.mean(x) for x in y["own"]["mean"]] for y in found.values()], 0)
-    made["own"] = dict(zip(map(str, LEVELS), own.round(5).tolist()))
-    if all("by_heart" in x for x in found.values()):
-        made["by_heart"] = float(np.mean([x["by_heart"] for x in found.values()]))
-    return made
-
-
-def collect(folder: Path) -> dict:
-    """{group: {arm: summary}} of the finished runs, and how many there are to be."""
-    found, whole, commits, done = {}, plan(Args()), set(), 0
-    for job in whole:
-        if result := finished(folder / f"{job.name}.json", settings_of(job)):
-            found.setdefault(job.group, {}).setdefault(job.arm, {})[job.seed] = result
-            commits.add(result["commit"])
-            done += 1
-    if not found.get(FIRST, {}).get("base"):
-        raise ValueError(f"{folder}: no base run is finished; leave out --collect")
-    base = found[FIRST]["base"][0]
-    for arms in found.values():
-        arms["base"] = dict.fromkeys(arms.get("sft", {}), base)
-    groups = {
-        group: {arm: summary(arms[arm], arms.get("sft", {}), base) for arm in arms if arms[arm]}
-        for group, arms in found.items()
-    }
-    return {"commits": sorted(commits), "runs": [done, len(whole)], "groups": groups}
-
-
-def predicted(noise: float, guidance: float, **settings) -> dict[str, list[float]]:
-    """{law: the change of the squared error by level} from the exact flow to SOAR's optimum in the
-    solved Gaussian world, whose c is the mean latent and whose data_std is the latents' noise.
-    Unguided it has no empty prompt: at low levels the state tells the mean with or without one."""
-    config = SoarConfig(guidance_scale=guidance, **settings)
-    guided = guidance != 1
-    sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    made = {law: [] for law in LAWS}
-    exact = exact_flow(noise, guided)
-    for velocity, sign in ((optimum(config, noise, guided), 1), (exact, -1)):
-        a, b = velocity(sigma)
-        of_c = torch.where(torch.tensor(guided), a * (1 - sigma) + b + 1, 0.0)
-        of_n = a * (1 - sigma) * noise + noise
-        to_mean = of_c**2 + (a * sigma - 1) ** 2
-        made["mean"].append(sign * to_mean)
-        made["drawn"].append(sign * (to_mean + of_n**2))
-    return {law: sum(x).tolist() for law, x in made.items()}
-
-
-def table_of(head: list[str], rows: list[list[str]]) -> str:
-    lines = [line_of(head), "| --- " + "| ---: " * (len(head) - 1) + "|"]
-    return "\n".join(lines + [line_of(row) for row in rows])
-
-
-def label_of(arm: str) -> str:
-    return ARMS[arm].label if arm in ARMS else arm
-
-
-def changes(arms: dict, labels: list[str]) -> list[list[str]]:
-    """Rows of a group: SFT's errors, then every arm's change against them in %."""
-    rows = []
-    for arm, x in arms.items():
-        if arm == "sft" or not x["minus_sft"]:
-            cells = [f"{x['errors'][label]:.4f}" for label in labels]
-        else:
-            cells = [x["minus_sft"][label] for label in labels]
-            cells = [f"{y['change']:+.1f} ± {y['half']:.1f}{'*' * y['clear']}" for y in cells]
-        compute = f"{ARMS[arm].compute():.1f}" if arm in ARMS else "0.0"
-        rows.append([label_of(arm), compute, str(len(x["seeds"])), *cells])
-    return rows
-
-
-def tables(result: dict) -> str:
-    """Markdown, a chapter for each group."""
-    done, total = result["runs"]
-    parts = [f"{done} of {total} runs are finished; commits: {', '.join(result['commits'])}."]
-    head = ["arm", "compute", "seeds"]
-    for group, arms in result["groups"].items():
-        parts.append(f"## {group}")
-        for law in LAWS:
-            title = f"Velocity, held-out latents: {law}. Errors; or change against SFT's in %"
-            labels = [f"{law} {level:g}" for level in LEVELS]
-            rows = changes(arms, labels)
-            parts += [title, table_of([*head, *(f"{level:g}" for level in LEVELS)], rows)]
-        for guidance in GUIDANCES:
-            starts = [f"{law}, {guidance:g} from {x:g}" for law in LAWS for x in STARTS]
-            title = f"Where the sampler ends at guidance {guidance:g}, from drawn states"
-            parts += [title, table_of([*head, *starts], changes(arms, starts))]
-        rows = []
-        for arm, x in arms.items():
-            cells = [" / ".join(f"{y:.4f}" for y in x["quarters"][law]) for law in LAWS]
-            best = int(np.argmin(x["quarters"]["drawn"])) + 1
-            gap = f"{np.mean(list(x['own'].values())):.4f}"
-            heart = f"{x['by_heart']:.0%}" if "by_heart" in x else ""
-            rows.append([label_of(arm), *cells, str(best), gap, heart])
-        parts.append("All levels, at the quarters of the steps, the same 24 pairs")
-        names = ["arm", *LAWS, "best quarter (drawn)", "own pairs' means", "by heart"]
-        parts.append(table_of(names, rows))
-    rows = []
-    for name, x in result["predicted"].items():
-        rows += [[name, law, *(f"{y:+.4f}" for y in x[law])] for law in LAWS]
-    title = "Change of the squared error by level, predicted and measured"
-    parts += ["## Is it the contraction?", title]
-    parts.append(table_of(["change", "latents", *(f"{x:g}" for x in LEVELS)], rows))
-    return "\n\n".join(parts) + "\n"
-
-
-def against_theory(result: dict, noise: float) -> dict[str, dict]:
-    """Predicted changes for the latents' noise, and the measured ones of the first group."""
-    made = {
-        f"optimum, noise {noise:.3f}, unguided": predicted(noise, 1.0),
-        f"optimum, noise {noise:.3f}, w = 4.5": predicted(noise, 4.5),
-    }
-    arms = result["groups"][FIRST]
-    for ours, theirs in (("soar", "sft"), ("soar_n1_l6", "sft"), ("soar_n1_l6", "n1_still")):
-        if ours in arms and theirs in arms:
-            name = f"{label_of(ours)}, minus {label_of(theirs)}"
-            measured = lambda law, level, x: arms[x]["errors"][f"{law} {level:g}"]  # noqa: E731
-            made[name] = {
-                law: [measured(law, x, ours) - measured(law, x, theirs) for x in LEVELS]
-                for law in LAWS
-            }
-    return made
-
-
-def figure(arms: dict, path: Path) -> None:
-    """Error relative to the base over sigma, on drawn latents and on means; bands are intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.4))
-    for ax, law in zip(axes, LAWS):
-        ax.axhline(0, color="#bbbbbb", lw=1)
-        for arm, color in COLORS.items():
-            if arm not in arms:
-                continue
-            points = [arms[arm]["minus_base"][f"{law} {level:g}"] for level in LEVELS]
-            y, half = (np.array([x[key] for x in points]) for key in ("change", "half"))
-            ax.plot(LEVELS, y, "o-", ms=3, color=color, label=label_of(arm))
-            ax.fill_between(LEVELS, y - half, y + half, color=color, alpha=0.15, lw=0)
-        of = "drawn from the VAE's posterior" if law == "drawn" else "the posterior's means"
-        ax.set(xlabel="sigma", title=f"held-out latents: {of}")
-        ax.title.set_fontsize(9)
-    axes[0].set_ylabel("error against the base's, %")
-    axes[1].legend(frameon=False, fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-
 def main(args: Args) -> None:
+    from experiments import levels_table  # matplotlib is needed there only
+
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    world, _ = shared(args.output_dir)  # encoded before the processes start
+    shared(args.output_dir)  # encoded before the processes start
     jobs = [] if args.collect else plan(args)
     pool = ProcessPoolExecutor(args.num_processes, multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
@@ -520,14 +318,7 @@ def main(args: Args) -> None:
         for future in as_completed(futures):
             bar.write(f"{futures[future]}: {future.result():.0f} s")
             bar.update()
-    result = collect(args.output_dir)
-    result["noise"] = own_noise(world)
-    result["predicted"] = against_theory(result, own_noise(world))
-    save_whole(json.dumps(result) + "\n", args.output_dir / "levels.json")
-    save_whole(tables(result), args.output_dir / "levels.md")
-    print(tables(result))
-    for group, arms in result["groups"].items():
-        figure(arms, args.output_dir / f"levels-{group}.png")
+    levels_table.save(args.output_dir)
 
 
 if __name__ == "__main__":
