@@ -153,17 +153,25 @@ def solved_errors(velocity, noise: float) -> dict[str, Tensor]:
 
 
 def predicted(noises: list[float], guidance: float, **settings) -> dict[str, list[float]]:
-    """The change from the exact flow to the optimum by level, of the squared error on each law and
-    of the slope a; averaged over the latents' noises."""
-    made = {"drawn": 0.0, "mean": 0.0, "slope": 0.0}
+    """The change from the exact flow to the optimum by level: of the squared error on each law, the
+    mean over the latents' noises, and of the slope."""
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
+    changes, slopes = {law: [] for law in LAWS}, []
     for noise in noises:
         exact, best = solved(noise, guidance, **settings)
         before, after = solved_errors(exact, noise), solved_errors(best, noise)
+        slopes.append(best(sigma)[0] - exact(sigma)[0])
         for law in LAWS:
-            made[law] += (after[law] - before[law]) / len(noises)
-        made["slope"] += (best(sigma)[0] - exact(sigma)[0]) / len(noises)
-    return {key: x.tolist() for key, x in made.items()}
+            changes[law].append(after[law] - before[law])
+    made = {law: torch.stack(x).mean(0).tolist() for law, x in changes.items()}
+    return made | {"slope": pooled(slopes, noises)}
+
+
+def pooled(slopes: list[Tensor], noises: list[float]) -> list[float]:
+    """Slopes by noise as one regression over all elements finds them: each weighs as its square."""
+    sigma = torch.tensor(LEVELS, dtype=torch.float64)
+    weights = torch.stack([((1 - sigma) * noise) ** 2 + sigma**2 for noise in noises])
+    return ((torch.stack(slopes) * weights).sum(0) / weights.sum(0)).tolist()
 
 
 @torch.no_grad()
@@ -217,8 +225,8 @@ def theory(folder: Path, arms: dict) -> dict[str, dict[str, list[float]]]:
             change["slope"] = np.subtract(found[ours], found[theirs]).tolist()
             made[f"{label_of(ours)}, minus {label_of(theirs)}"] = change
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    exact = torch.stack([exact_flow(noise)(sigma)[0] for noise in noises]).mean(0)
-    made["the exact flow"] = {"slope itself": exact.tolist()}
+    exact = pooled([exact_flow(noise)(sigma)[0] for noise in noises], noises)
+    made["the exact flow"] = {"slope itself": exact}
     return made | {label_of(arm): {"slope itself": x} for arm, x in found.items()}
 
 
