@@ -11,9 +11,9 @@ published runs on subsets: 5,000 steps of 8 GPUs x 4 images.
 
 Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
 place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
-also by quarter of sigma (1 is the cleanest); validation-NNNNNN/. A checkpoint is whole if it has
-its name. Every random number is a function of (seed, step, sample): the number of GPUs changes only
-the order of sums.
+also by quarter of sigma (quarter 1 is the cleanest); validation-NNNNNN/. A checkpoint is whole if
+it has its name. Every random number is a function of (seed, step, sample): the number of GPUs
+changes only the order of sums.
 """
 
 import contextlib
@@ -143,13 +143,14 @@ class TrainingConfig:
     lora_rank: int | None = None
     """Train LoRA matrices of this rank, alpha = rank, on the attention, in place of all weights."""
     cond_dropout_rate: float = 0.0
-    """Share of samples trained with an empty caption. At 0 its velocity, which guidance starts
-    from, still moves with the shared weights; above 0 it is trained, by SOAR's terms too."""
+    """Share of samples trained with an empty caption. At 0 the velocity without a caption, which
+    guidance starts from, still moves with the shared weights; above 0 it is trained, by SOAR's
+    terms too."""
     max_sequence_length: int = 77
     """T5 tokens that a caption is padded or cut to."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    """What forwards run in, and frozen weights are in: text encoders, those below LoRA. Trained
-    weights, optimizer, states, losses and the VAE are float32."""
+    """Of forwards and of frozen weights: text encoders, the transformer under LoRA. Trained
+    weights, optimizer, noisy latents, losses and the VAE are float32."""
     seed: int = 42
 
     def __post_init__(self):
@@ -421,7 +422,7 @@ def step_indices(num_pairs: int, global_batch: int, seed: int, step: int) -> lis
 
 def batched(draws: list[Draws]) -> Draws:
     """Draws of one sample each, joined along their batch dimensions."""
-    where = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)  # B is in each field's shape
+    where = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)  # the axis of B in each field
     joined = []
     for values, dimension in zip(zip(*draws), where):
         joined.append(None if values[0] is None else torch.cat(values, dimension))
@@ -508,8 +509,8 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def compile_blocks(transformer: SD3Transformer2DModel) -> None:
     """torch.compile each block on first use: one graph per kind of block, with gradients or not."""
-    # Else every graph is cut where DDP's buckets end, so that all-reduces start early: blocks are
-    # small enough for that.
+    # optimize_ddp would cut graphs where DDP's buckets end, so that all-reduces start early; graphs
+    # of one block are small enough to do without.
     torch._dynamo.config.optimize_ddp = False
     for block in transformer.transformer_blocks:
         block.compile(dynamic=False)
@@ -554,8 +555,8 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. The schedule has max_train_steps + 1 steps, of which 0 and the last,
-    whose factor may be 0, are not taken. Raises ValueError: polynomial at a rate under 1e-7."""
+    there is no state to save. The schedule runs from 0 to max_train_steps + 1; these two ends,
+    where the factor may be 0, are not taken. Raises ValueError: polynomial at a rate under 1e-7."""
     scheduler = get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps + 1,
@@ -642,7 +643,7 @@ def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
     base = args.pretrained_model_name_or_path
     return values | {
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
-        "pipeline": identity(base, "rest"),
+        "pipeline": identity(base, "rest"),  # all but its transformer
         "transformer": digest(weights) if weights else identity(base, "transformer"),
         "resolution": args.data.resolution,
         "global_batch": global_batch,
@@ -696,7 +697,7 @@ def zero_sums(device: torch.device) -> Tensor:
 def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
     """Add a term's errors to sums, in all and by quarter of sigma."""
     row = METRICS.index("aux" if auxiliary else "base")
-    counts = term.counts.double()
+    counts = term.counts.double()  # 1 if the sample is part of the loss, else 0
     errors = torch.stack([term.error.double() * counts, counts], dim=1)
     sums[METRICS.index("loss"), 0] += term.loss.detach()
     sums[row] += errors.sum(0)
@@ -789,11 +790,12 @@ def set_up(args: Args) -> Run:
     settings = run_settings(args, weights, global_batch)
     check_ranks_agree(flags(args) | settings | {"number of rows": len(pairs)}, cpu_group)
     checkpoint = newest_checkpoint(args.output_dir, cpu_group)
+    # The same dict of settings, so that a fresh start equals itself.
     state = {"step": 0, "sums": zero_sums(device).tolist(), "settings": settings}
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         weights, _ = find_weights(str(checkpoint))
-    # Twice, as to read the data takes a while.
+    # First without the data, whose digest is taken from the checkpoint here: reading takes a while.
     check_same(state["settings"], state["settings"] | settings, args.output_dir)
     found = pairs.check(cpu_group)
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
@@ -847,8 +849,8 @@ def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
 
 
 def warm_up(velocity: Velocity, example: tuple, optimizer: torch.optim.Optimizer) -> None:
-    """DDP settles its buckets in its second backward. So two without effect, and then gradients are
-    views of them, and sums come in one order, from the first step on."""
+    """DDP settles its buckets in its second backward. So run two, of gradients 0: from the first
+    step on, gradients are views of the final buckets, and sums come in one order."""
     for _ in range(2):
         (0 * velocity(*example).sum()).backward()
         optimizer.zero_grad(set_to_none=False)
@@ -860,6 +862,7 @@ def count_flops(args: Args, velocity: Velocity, example: tuple, world_size: int)
         velocity(*example)
     soar, training = args.soar, args.training
     passes = 2 if training.lora_rank else 3  # frozen weights need no gradients of their own
+    # The forward without a prompt; the one with it is the base term's own.
     rollout = 1 if soar.num_terms > 1 and soar.guidance_scale != 1 else 0
     batches = training.gradient_accumulation_steps * world_size
     return counter.get_total_flops() * (passes * soar.num_terms + rollout) * batches
