@@ -62,7 +62,7 @@ class SoarConfig:
     lambda_aux: float = 1.0  # weight of an auxiliary term; 0 is SFT
     num_aux_points: int = 6  # N, on each path; 0 is SFT
     num_rollout_paths: int = 1  # M; the first takes the ODE step, each other one of sde_type
-    num_sampling_steps: int = 40  # K; not below 40, see experiments/optimum.md, "Few steps"
+    num_sampling_steps: int = 40  # K; not below 40, see experiments/theory/optimum.md, "Few steps"
     guidance_scale: float = 4.5  # of the rollout: the one you sample with; 1 is unguided
     shift: float = 3.0  # of sigma(t); that of the sampler
     t_min: float = 1e-3  # the clean boundary: no t is drawn and no rollout ends below it

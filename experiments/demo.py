@@ -2,7 +2,7 @@
 
     python -m experiments.demo
 
-Trains the small Stable Diffusion 3 pipeline of experiments/shapes_data with two processes, by SFT and by SOAR, for
+Trains the small Stable Diffusion 3 pipeline of experiments/shapes/data with two processes, by SFT and by SOAR, for
 equally many steps. Draws held-out prompts with the base and both trained transformers from the same noise, and
 prints GenEval's table for the three. OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every
 command is printed before it runs.
@@ -19,7 +19,8 @@ from pathlib import Path
 import tyro
 
 import sample
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS, score_folder
+from experiments.shapes.detect import score_folder
+from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS
 from sample import visible
 
 SCRIPTS = Path(__file__).parents[1]

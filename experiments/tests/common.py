@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import train
-from experiments.sft_vs_soar import World, load_world
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
+from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
+from experiments.shapes.sft_vs_soar import World, load_world
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"pretrained_model_name_or_path": str(DATA / "model"), "max_sequence_length": MAX_SEQUENCE_LENGTH}

@@ -12,6 +12,13 @@ from experiments.tests.common import ROOT
 
 FILES = sorted(ROOT.glob("*.py"))
 OURS = {"soar", "sample", "train", "test_soar", "experiments"}
+ROOMS = {  # room of experiments/: the rooms whose code it may take beside its own
+    "port": set(),
+    "evaluate": set(),
+    "theory": set(),
+    "shapes": {"evaluate"},
+    "cost": {"evaluate", "shapes"},
+}
 NODES_PER_LINE, COLUMNS, FUNCTION_LINES = 8.5, 100, 50
 LONGER = {("train.py", "train"): 80}  # the training loop
 NO_CODE = {
@@ -68,6 +75,18 @@ def imported(source: str) -> set[str]:
     return names
 
 
+def rooms_taken(source: str) -> set[str]:
+    """What a file imports of experiments: names of rooms, and of files that lie beside the rooms."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {x.name.removeprefix("experiments.") for x in node.names if x.name.startswith("experiments.")}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "experiments":
+            rest = node.module.split(".")[1:]
+            names |= set(rest[:1]) or {x.name for x in node.names}
+    return {name.split(".")[0] for name in names}
+
+
 def third_party(path: Path) -> set[str]:
     return imported(path.read_text()) - sys.stdlib_module_names - OURS
 
@@ -99,6 +118,14 @@ def test_the_files_at_the_top_import_one_another_in_one_direction_only():
     assert third_party(ROOT / "soar.py") == {"torch", "einops"}
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_takes_code_of_the_rooms_it_may(room: str):
+    files = list((ROOT / "experiments" / room).rglob("*.py"))
+    assert len(files) > 2
+    for path in files:
+        assert rooms_taken(path.read_text()) <= {room, "environment"} | ROOMS[room], path.name
+
+
 def test_requirements_are_what_the_files_at_the_top_import_and_no_more():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = {line.split("==")[0] for line in lines if not line.startswith("#")}
@@ -113,3 +140,5 @@ def test_measures_equal_counts_by_hand():
     assert nodes_per_line(source) == 5 / 4
     assert function_lengths(source) == {"f": 5}  # the comment is one
     assert imported("def f():\n    import experiments.shapes\n    from train import x\n") == {"experiments", "train"}
+    source = "from experiments import port\nfrom experiments.cost.memory import x\nimport experiments.demo\n"
+    assert rooms_taken(source) == {"port", "cost", "demo"}

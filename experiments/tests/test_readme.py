@@ -13,9 +13,10 @@ import torch
 
 import sample
 import train
-from experiments import score
-from experiments.shapes import DATA, MAX_SEQUENCE_LENGTH, read_pairs
+from experiments.evaluate import score
+from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, read_pairs
 from experiments.tests.common import ROOT
+from experiments.tests.test_layout import ROOMS
 
 README = (ROOT / "README.md").read_text()
 SMALL = ["--pretrained_model_name_or_path", str(DATA / "model"), "--max_sequence_length", str(MAX_SEQUENCE_LENGTH)]
@@ -64,14 +65,14 @@ def test_commands_of_training_and_sampling_run_in_order(tmp_path, monkeypatch, c
             train.main(train.parse(rest))
         elif script == "sample.py":
             sample.main(sample.tyro.cli(sample.Args, args=rest, use_underscores=True))
-        elif words[:3] == ["python", "-m", "experiments.score"]:
+        elif words[:3] == ["python", "-m", "experiments.evaluate.score"]:
             score.command([x for word in words[3:] for x in sorted(glob.glob(word)) or [word]] + ["--device", "cpu"])
         else:
             assert not words or words[:2] in (["pip", "install"], ["hf", "auth"]), command
         done.append(script or " ".join(words[:3]))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    assert done[-4:] == ["train.py", "train.py", "sample.py", "python -m experiments.score"]
+    assert done[-4:] == ["train.py", "train.py", "sample.py", "python -m experiments.evaluate.score"]
     assert "| pickscore" in capsys.readouterr().out
     folders = sorted(x for x in os.listdir("output/images") if Path("output/images", x).is_dir())
     assert folders == ["base", "output-sft", "output-soar"]
@@ -92,12 +93,57 @@ def test_rows_of_the_two_layouts_made_in_data_are_the_same(tmp_path, monkeypatch
     assert found[0] == found[1] and len(found[0]) == 3 and 0 not in found[0]
 
 
-def test_page_is_short_and_its_links_lead_somewhere():
+def pages() -> list[Path]:
+    """All Markdown pages of the repository."""
+    return [*ROOT.glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if heading:
+            lines = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+            assert heading in anchors, f"{target}#{heading}"
+
+
+def test_page_is_short():
     assert README.count("\n") <= 160
-    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", README):
-        assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", re.findall(r"python -m experiments\.(\w+)", README))
-def test_commands_named_in_the_text_exist(name):
-    assert "__main__" in (ROOT / f"experiments/{name}.py").read_text()
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_a_page_names_exist(page):
+    for name in re.findall(r"(?:-m |`)experiments\.([\w.]+)", page.read_text()):
+        path = ROOT / "experiments" / f"{name.replace('.', '/')}.py"
+        assert "__main__" in path.read_text(), name
+
+
+# --- The index of experiments/ ---
+
+
+def index() -> str:
+    return (ROOT / "experiments/README.md").read_text()
+
+
+def test_every_promise_of_the_index_names_its_tests():
+    promises = index().split("## What a training run promises")[1].split("\n### ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][2:]
+    sources = "".join(path.read_text() for path in (ROOT / "experiments/tests").rglob("test_*.py"))
+    tests = re.findall(r"^def (test_\w+)", sources, re.M)
+    assert len(rows) >= 9
+    for row in rows:
+        for word in re.findall(r'`pytest -k "?([^"`]+)', row):
+            for part in word.split(" or "):
+                assert any(part in name for name in tests), row
+        assert "`pytest -k" in row
+
+
+def test_the_index_has_every_command():
+    folder = ROOT / "experiments"
+    files = [*folder.glob("*.py"), *(path for room in ROOMS for path in (folder / room).glob("*.py"))]
+    paths = [path for path in files if "__main__" in path.read_text()]
+    run = {str(path.relative_to(folder)).removesuffix(".py").replace("/", ".") for path in paths}
+    lines = [line for line in index().split("\n## What a")[0].splitlines() if line.startswith("|")]
+    assert run == {name for line in lines for name in re.findall(r"^\| `(?!python)([\w.]+)", line)}

@@ -1,0 +1,191 @@
+"""train.py's LoRA file where others read it: diffusers' pipeline, peft, ComfyUI's names; and what
+experiments/evaluate/open_elsewhere.py, which needs an environment of its own, has in this one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+import train
+from experiments.evaluate.open_elsewhere import as_downloaded, with_transformer
+from experiments.shapes.draw import DATA
+
+MODEL = DATA / "model"
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def load_base() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel.from_pretrained(MODEL, subfolder="transformer").eval()
+
+
+@torch.no_grad()
+def velocity(model) -> torch.Tensor:
+    """What a model says of fixed inputs."""
+    generator = rng(0)
+    return model(
+        torch.randn(2, 16, 8, 8, generator=generator),
+        timestep=torch.tensor([900.0, 200.0]),
+        encoder_hidden_states=torch.randn(2, 24, 64, generator=generator),
+        pooled_projections=torch.randn(2, 64, generator=generator),
+        return_dict=False,
+    )[0]
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory) -> Path:
+    """A checkpoint of train.py with --lora_rank 4, its matrices B random."""
+    model = load_base()
+    train.add_lora(model, 4, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng(len(name)))
+    path = tmp_path_factory.mktemp("run") / "checkpoint-000001"
+    state = {"settings": {"lora_rank": 4}}
+    optimizer = torch.optim.AdamW(train.trained(model).values())
+    for parameter in train.trained(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    train.save_checkpoint(path, model, optimizer, state)
+    return path
+
+
+def changes(final: Path) -> dict[str, torch.Tensor]:
+    """B @ A by the module's name: alpha is the rank, so the scale is 1."""
+    tensors = load_file(final / FILE)
+    names = {key.split(".lora_")[0] for key in tensors}
+    made = {}
+    for name in names:
+        product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        made[name.removeprefix("transformer.")] = product
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(final) -> torch.Tensor:
+    """The velocity of the base whose weights W are W + B @ A."""
+    model = load_base()
+    before = velocity(model)
+    for name, change in changes(final).items():
+        model.get_submodule(name).weight.data += change
+    after = velocity(model)
+    assert (after - before).abs().max() > 0.1
+    return after
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-4)
+
+
+def test_lora_file_loads_in_diffusers_pipeline(final, expected):
+    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(final, weight_name=FILE)
+    assert same(velocity(pipe.transformer), expected)
+
+
+def test_lora_file_loads_in_peft(final, expected, tmp_path):
+    """As an adapter folder, which is what Flow-GRPO's config.train.lora_path takes."""
+    tensors = load_file(final / FILE)
+    start = "base_model.model."
+    tensors = {start + key.removeprefix("transformer."): x for key, x in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=list(train.LORA_MODULES))
+    config.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(load_base(), tmp_path)
+    assert same(velocity(model), expected)
+
+
+# The matrices of a block in SD3's original layout, which ComfyUI uses, and the diffusers modules
+# that each stacks. Source: mmdit_to_diffusers in comfy/utils.py of Comfy-Org/ComfyUI (09708ea).
+ORIGINAL = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+}
+
+
+def original_layout(model: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
+    """The matrices that a LoRA changes, by their names in the original layout."""
+    made = {}
+    for i, block in enumerate(model.transformer_blocks):
+        own = dict(block.named_modules())
+        for place, names in ORIGINAL.items():
+            if own.get(names[0]) is not None:
+                weights = [own[name].weight.data for name in names]
+                made[f"joint_blocks.{i}.{place}"] = torch.cat(weights)
+    return made
+
+
+def load_as_comfyui(tensors: dict, weights: dict[str, torch.Tensor]) -> set[str]:
+    """Add a LoRA file's matrices to weights in the original layout; returns the keys used.
+
+    "transformer." + diffusers' name + .lora_A.weight and .lora_B.weight, and no alpha: scale 1.
+    Source: model_lora_keys_unet in comfy/lora.py (17358c8), LoRAAdapter in
+    comfy/weight_adapter/lora.py (0323d87)."""
+    used = set()
+    for key, weight in weights.items():
+        _, block, place = key.split(".", 2)
+        names = ORIGINAL[place]
+        for name, rows in zip(names, weight.chunk(len(names))):
+            start = f"transformer.transformer_blocks.{block}.{name}.lora_"
+            rows += tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]
+            used |= {f"{start}A.weight", f"{start}B.weight"}
+    return used
+
+
+def test_lora_file_has_comfyui_s_names_as_it_is(final):
+    """Each tensor finds its place, and the weights are those that diffusers fuses."""
+    tensors = load_file(final / FILE)
+    weights = original_layout(load_base())
+    assert load_as_comfyui(tensors, weights) == set(tensors)
+    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(final, weight_name=FILE)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = original_layout(pipe.transformer)
+    assert weights.keys() == fused.keys() and len(weights) == 21
+    assert all(torch.allclose(weights[name], fused[name], atol=1e-5) for name in fused)
+
+
+def test_fused_and_unloaded_a_lora_is_saved_whole(final, expected, tmp_path):
+    """Saved without fusing, what comes back lacks the base's matrices: diffusers would draw them
+    at random."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(final, weight_name=FILE)
+    pipe.transformer.save_pretrained(tmp_path / "unfused")
+    kind, options = SD3Transformer2DModel, {"output_loading_info": True}
+    _, info = kind.from_pretrained(tmp_path / "unfused", **options)
+    assert "transformer_blocks.0.attn.to_q.weight" in info["missing_keys"]
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.transformer.save_pretrained(tmp_path / "fused")
+    model, info = kind.from_pretrained(tmp_path / "fused", **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same(velocity(model.eval()), expected)
+
+
+def test_a_copy_of_the_base_takes_another_transformer(tmp_path):
+    base = as_downloaded(MODEL, tmp_path / "base")
+    names = {x.name for x in (base / "tokenizer").iterdir()}
+    assert names == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    model = load_base()
+    model.proj_out.bias.data += 1
+    model.save_pretrained(tmp_path / "transformer")
+    folder = with_transformer(base, tmp_path / "transformer", tmp_path / "copy")
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    assert torch.equal(pipe.transformer.proj_out.bias, model.proj_out.bias)
+    before = StableDiffusion3Pipeline.from_pretrained(MODEL)
+    prompts = [json.loads(x)["prompt"] for x in (DATA / "prompts.jsonl").open()][::50]
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        ours, theirs = (getattr(x, name)(prompts)["input_ids"] for x in (pipe, before))
+        assert ours == theirs

@@ -1,0 +1,175 @@
+"""soar_terms under DistributedDataParallel: as train.py runs it, and as the recipes do."""
+
+import contextlib
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import soar
+from experiments.port.run_recipes import HERE, blocks
+from test_soar import Case, part_of
+
+SHAPE = (4, 3, 2)
+CONFIG = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, num_sampling_steps=2)
+SEED = 7
+BATCH = 4
+PAGE = blocks((HERE / "recipes.md").read_text())
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def own_schedule(rank):
+    """A part of the batch: every term but the last under no_sync, the last one adds up the ranks'."""
+    case = Case(SHAPE, CONFIG, SEED)
+    case.model.null.requires_grad_(False)  # no gradient reaches it: DDP would wait for one
+    ddp = DistributedDataParallel(case.model)
+    part = part_of(case, slice(0, 1) if rank == 0 else slice(1, None))  # unequal
+    normalizer = soar.loss_normalizer(part.draws.t.double(), CONFIG)  # as its docstring has it
+    torch.distributed.all_reduce(normalizer)
+    terms = part.terms(ddp, normalizer=normalizer / 2)
+    for _ in range(CONFIG.num_rollout_paths * CONFIG.num_aux_points):
+        with ddp.no_sync():
+            next(terms).loss.backward()
+    local = gradients(case.model)
+    next(terms).loss.backward()
+    both = gradients(case.model)
+    assert not any(torch.equal(a, b) for a, b in zip(local, both))
+    return both
+
+
+def randn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(torch.nn.Module):
+    """A small model, whose every weight has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(randn(1, 16, 1, 1))
+        self.text = torch.nn.Parameter(randn(2, 8, 16))
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+    def forward(self, z, time, cond):
+        text = cond.mean(1) @ self.text
+        return self.scale * z + time.view(-1, 1, 1, 1) / 1000 * text[..., None, None]
+
+
+LEVELS = torch.tensor([0.9, 0.2, 0.7, 0.4])
+
+
+def recipe(form, model, rows, **options):
+    """A step of one form of recipe on some rows of the batch, with these rows of its draws."""
+    z0, cond = randn(3, BATCH, 16, 4, 4), randn(4, BATCH, 5, 8)
+    z1, t, u, path_noise, _ = soar.draw(z0.shape, soar.SoarConfig(), torch.Generator())
+    draws = soar.Draws(z1[rows], t[rows], u[:, :, rows], path_noise[:, rows], None)
+    z0, cond, levels = z0[rows], cond[rows], LEVELS[rows]
+    empty = randn(5, 1, 5, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soar, "draw", lambda *_: draws)
+        names = {"torch": torch, "device": "cpu", "seed": None, "rank": 0, "model": model}
+        names |= {"encode": lambda prompts: empty, "latents": z0, "cond": cond}
+        names["sample_levels"] = lambda count: levels
+        if form == "terms":
+            for block in PAGE["Any trainer"]:
+                exec(block, names)
+            return
+        exec((HERE / "recipes" / "streamed.py").read_text(), names)
+        velocity, uncond = (lambda z, s, cond: model(z, 1000 * s, cond)), empty.expand(len(z0), -1, -1)
+        call, text = (velocity, z0), (cond, uncond, soar.SoarConfig())
+        if form == "no_sync":
+            draws = soar.with_levels(draws, levels, soar.SoarConfig())
+            names |= {"soar_terms": soar.soar_terms, "z0": z0, "velocity": velocity, "draws": draws}
+            exec(PAGE["DDP"][0], names | {"uncond": uncond, "config": soar.SoarConfig()})
+        elif form == "hook":
+            call = (torch.Tensor.backward, *call, levels, *text, None)
+            names["streamed"](*call, **options).backward()
+        else:
+            call = (*call, soar.with_levels(draws, levels, soar.SoarConfig()), *text)
+            soar.soar_loss(*call, **options).backward()
+
+
+FORMS = ("terms", "hook", "sum", "no_sync")
+ALL_REDUCES = {"terms": 7, "hook": 7, "sum": 1, "no_sync": 1}  # the model is one bucket
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    made = {"own": own_schedule(rank)}
+    for form in FORMS:
+        net, reduced = Net(), []
+        ddp = DistributedDataParallel(net)
+
+        def counted(_, bucket):
+            reduced.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        ddp.register_comm_hook(None, counted)
+        recipe(form, ddp, slice(2 * rank, 2 * rank + 2))
+        assert len(reduced) == ALL_REDUCES[form], (form, len(reduced))
+        made[form] = gradients(net)
+    tensors = {f"{name} {i}": x for name, found in made.items() for i, x in enumerate(found)}
+    save_file(tensors, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def of(saved, name):
+    return [saved[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in saved))]
+
+
+def test_two_ranks_under_one_no_sync_schedule_get_the_single_process_gradients(ranks):
+    case = Case(SHAPE, CONFIG, SEED)
+    expected = [x for x in case.gradients(case.loss()) if x is not None]
+    for saved in ranks:
+        assert_close(of(saved, "own"), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recipes_under_ddp_get_the_single_process_gradients(form, ranks):
+    net = Net()
+    recipe(form, net, slice(0, BATCH))
+    expected = gradients(net)
+    assert len(expected) == 2 and all(x.any() for x in expected)
+    for saved in ranks:
+        assert_close(of(saved, form), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_equal_micro_batches_get_the_sums_gradients_of_the_whole_batch(form):
+    whole, halves = Net(), Net()
+    recipe("sum", whole, slice(0, BATCH))
+    recipe(form, halves, slice(0, 2))
+    recipe(form, halves, slice(2, BATCH))
+    assert_close([x / 2 for x in gradients(halves)], gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["hook", "sum"])
+def test_unequal_micro_batches_do_so_with_a_normalizer(form):
+    whole, parts, without = Net(), Net(), Net()
+    recipe("sum", whole, slice(0, BATCH))
+    config = soar.SoarConfig()
+    normalizer = soar.loss_normalizer(soar.t_from_sigma(LEVELS), config) / 2  # the trainer's mean
+    for rows in (slice(0, 1), slice(1, BATCH)):
+        recipe(form, parts, rows, normalizer=normalizer)
+        recipe(form, without, rows)
+    expected = gradients(whole)
+    assert_close([x / 2 for x in gradients(parts)], expected, rtol=1e-4, atol=1e-6)
+    for x, y in zip(gradients(without), expected):
+        assert not torch.allclose(x / 2, y, rtol=0.01)
