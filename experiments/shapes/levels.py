@@ -1,10 +1,10 @@
 """Level by level: what SOAR changes in the velocity, on pairs that no training has seen.
 
-    python -m experiments.shapes.levels                            # all of STAGES, then table and figures
-    python -m experiments.shapes.levels --collect                  # table and figures of what is finished
+    python -m experiments.shapes.levels             # all of STAGES, then table and figures
+    python -m experiments.shapes.levels --collect   # table and figures of what is finished
     python -m experiments.shapes.levels --sizes 2000 --arms sft soar_n1_l6
 
-Arms are those of experiments.shapes.sft_vs_soar on the shapes world, of 100 steps of 16 pairs where not
+Arms are those of experiments.shapes.sft_vs_soar, of 100 steps of 16 pairs where not
 said otherwise. Each is measured without images, at the same pairs and noise for all arms and seeds:
     levels      squared error of the velocity at LEVELS, to latents drawn from the VAE's posterior,
                 as in training, and to its means; at each quarter of the steps on some of the pairs
@@ -13,11 +13,16 @@ said otherwise. Each is measured without images, at the same pairs and noise for
                 steps: squared error of where it ends, to the drawn latent and to the mean
     by_heart    small sets only: the share of sampled latents that are nearer to a training latent
                 than that one's nearest neighbour among all 2,000 is
+    score       GenEval's, of 600 prompts, one image each; only of SCORED, after all other runs
+REFIT starts from a base of its own: the committed one, trained 400 steps more as its last phase was
+(experiments/shapes/build.py), on the posteriors' means in place of drawn latents.
+
 A run (arm, seed, size of the set, its noise) is a file of its own, renamed when whole: the same
-command goes on where it was killed. What they say together experiments/shapes/levels_table.py writes
+command goes on where it was killed. What they say together levels_table.py writes
 beside them: levels.json, levels.md and a figure for each size and noise.
 """
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -34,7 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.shapes import sft_vs_soar
-from experiments.shapes.draw import HELD_OUT, MAX_SEQUENCE_LENGTH, example, render
+from experiments.shapes.build import LATE_WRONG_CAPTIONS, mislabel, posterior, pretrain, to_pixels
+from experiments.shapes.detect import score_image
+from experiments.shapes.draw import BROAD, HELD_OUT, MAX_SEQUENCE_LENGTH, example, render
 from experiments.shapes.sft_vs_soar import (
     CPU,
     QUICK,
@@ -58,6 +65,9 @@ STARTS = (0.2, 0.35, 0.55, 0.75)  # the nearest levels of the sampler's steps ar
 GUIDANCES = (1.0, 4.5)
 PAIRS, QUARTER_PAIRS, WALKED_PAIRS, SAMPLED = 150, 24, 16, 24
 WHOLE = 2000
+REFIT = "refit"  # in place of a noise: means, from the base that was trained on means
+REFIT_SCENES, REFIT_STEPS = 8000, 400
+SCORED, SCORED_PROMPTS = ("2000-refit", "2000-0"), 600  # groups, in this order
 FIRST = "2000-vae"  # a group: pairs of the training set and their latents' noise
 SETTING = dataclasses.replace(QUICK, curve=(0.25, 0.5, 0.75))
 LAWS = ("drawn", "mean")
@@ -85,7 +95,7 @@ CHEAP = ("sft", "soar_n1_l6", "n1_still", "sft_7_3")
 DEAR = ("soar", "sft_steps", "soar_n1_l6_steps", "soar_k1e6")
 OTHERS = ("n1_w1", "n1_k20", "n1_k100", "n1_l1", "n1_l3", "n1_l12", "n1_u1.5")
 SEEDS = (0, 1, 2)
-STAGES = (  # pairs, standard deviation of the latents' noise (None: the VAE's own), arms, seeds
+STAGES = (  # pairs, std of the latents' noise (None: the VAE's own) or REFIT, arms, seeds
     (WHOLE, None, ("base", *CHEAP), SEEDS),
     (WHOLE, None, DEAR, (0,)),
     (WHOLE, 0.0, CHEAP, SEEDS),
@@ -93,11 +103,9 @@ STAGES = (  # pairs, standard deviation of the latents' noise (None: the VAE's o
     (WHOLE, 0.05, CHEAP, SEEDS),
     (256, None, CHEAP, SEEDS),
     (WHOLE, None, DEAR, SEEDS),
+    (WHOLE, REFIT, CHEAP, SEEDS),
     (WHOLE, None, OTHERS, SEEDS),
     (64, None, DEAR, SEEDS),
-    (256, None, DEAR, SEEDS),
-    (WHOLE, 0.0, DEAR, SEEDS),
-    (WHOLE, 0.05, DEAR, SEEDS),
 )
 
 
@@ -105,12 +113,11 @@ class Job(NamedTuple):
     arm: str
     seed: int
     size: int
-    noise: float | None
+    noise: float | str | None
 
     @property
     def group(self) -> str:
-        noise = "vae" if self.noise is None else f"{self.noise:g}"
-        return f"{self.size}-{noise}"
+        return f"{self.size}-{'vae' if self.noise is None else self.noise or 0}"
 
     @property
     def name(self) -> str:
@@ -143,6 +150,8 @@ class Args:
 def plan(args: Args) -> list[Job]:
     """All runs, in the order of STAGES."""
     jobs = [Job("base", 0, WHOLE, None)]
+    if any(noise == REFIT for _, noise, *_ in STAGES):
+        jobs.append(Job("base", 0, WHOLE, REFIT))
     for size, noise, arms, seeds in STAGES:
         if args.sizes and size not in args.sizes:
             continue
@@ -254,10 +263,12 @@ def shared(folder: Path) -> tuple[World, Pairs]:
     return world, held_out(world, PAIRS)
 
 
-def part(world: World, size: int, noise: float | None) -> World:
+def part(world: World, size: int, noise: float | str | None) -> World:
     """The first `size` pairs, their posteriors' noise scaled to a root mean square of `noise`."""
     std = world.std
-    if noise is not None:
+    if noise == REFIT:
+        std = torch.zeros_like(std)
+    elif noise is not None:
         std = std * noise / own_noise(world)
     return world._replace(mean=world.mean[:size], std=std[:size], caption=world.caption[:size])
 
@@ -265,6 +276,44 @@ def part(world: World, size: int, noise: float | None) -> World:
 def own_noise(world: World) -> float:
     """The root mean square of the posteriors' standard deviations, as the transformer sees them."""
     return float(world.std.square().mean().sqrt()) * world.pipe.vae.config.scaling_factor
+
+
+def refit(world: World, path: Path) -> None:
+    """Write the weights of REFIT's base, unless they are there."""
+    if path.is_file():
+        return
+    examples = [example(BROAD + i) for i in range(REFIT_SCENES)]
+    pixels = to_pixels(render(scene) for _, scene in examples)
+    captions = [metadata["prompt"] for metadata, _ in examples]
+    captions = mislabel(captions, LATE_WRONG_CAPTIONS, 0)
+    mean, _ = posterior(world.pipe.vae, pixels)
+    pipe = copy.copy(world.pipe)
+    pipe.transformer = load_base(world).requires_grad_(True)
+    checkpoint = path.with_suffix(".part.safetensors")
+    pretrain(pipe, mean, None, captions, REFIT_STEPS, 2, checkpoint, lr=5e-4)
+    save_tensors(pipe.transformer.state_dict(), path)
+
+
+def base_of(folder: Path, job: Job) -> Path | None:
+    """The weights that a run starts from, where they are not the committed ones."""
+    return folder / "refit.safetensors" if job.noise == REFIT else None
+
+
+def score(folder: Path, job: Job) -> float:
+    """Draw and judge the images of a finished run, write JOB-score.json; returns the seconds."""
+    torch.set_num_threads(1)
+    began, path = time.perf_counter(), folder / f"{job.name}-score.json"
+    settings = settings_of(job) | {"prompts": SCORED_PROMPTS}
+    if finished(path, settings):
+        return 0.0
+    world, _ = shared(folder)
+    weights = base_of(folder, job) if job.arm == "base" else folder / f"{job.name}.safetensors"
+    numbers = sft_vs_soar.chosen(world, SCORED_PROMPTS)
+    images = sft_vs_soar.sample(world, load_base(world, weights), numbers, 1, job.seed)
+    correct = [score_image(x, world.prompts[i])[0] for i, (x,) in zip(numbers, images)]
+    result = {"settings": settings, "commit": commit(), "correct": correct}
+    save_whole(json.dumps(result) + "\n", path)
+    return time.perf_counter() - began
 
 
 def settings_of(job: Job) -> dict:
@@ -283,8 +332,9 @@ def run(folder: Path, job: Job) -> float:
         return 0.0
     whole, pairs = shared(folder)
     world, arm = part(whole, job.size, job.noise), ARMS.get(job.arm)
-    transformer = load_base(whole)
-    kept = train(world, arm, SETTING, job.seed) if arm else {0: transformer.state_dict()}
+    base = base_of(folder, job)
+    transformer = load_base(whole, base)
+    kept = train(world, arm, SETTING, job.seed, base) if arm else {0: transformer.state_dict()}
     *quarters, last = sorted(kept)
     velocity = make_velocity(transformer, CPU, False)
     result = {"settings": settings_of(job), "commit": commit(), "quarters": {}}
@@ -310,14 +360,17 @@ def main(args: Args) -> None:
     from experiments.shapes import levels_table  # matplotlib is needed there only
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    shared(args.output_dir)  # encoded before the processes start
+    world, _ = shared(args.output_dir)  # encoded before the processes start
     jobs = [] if args.collect else plan(args)
+    if any(job.noise == REFIT for job in jobs):
+        refit(world, args.output_dir / "refit.safetensors")
     pool = ProcessPoolExecutor(args.num_processes, multiprocessing.get_context("spawn"))
-    with pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
-        futures = {pool.submit(run, args.output_dir, job): job.name for job in jobs}
-        for future in as_completed(futures):
-            bar.write(f"{futures[future]}: {future.result():.0f} s")
-            bar.update()
+    scored = [job for group in SCORED for job in jobs if job.group == group]
+    with pool:
+        for work, some in ((run, jobs), (score, scored)):
+            futures = {pool.submit(work, args.output_dir, job): job.name for job in some}
+            for future in tqdm(as_completed(futures), work.__name__, len(some), unit="run"):
+                tqdm.write(f"{futures[future]}: {future.result():.0f} s")
     levels_table.save(args.output_dir)
 
 

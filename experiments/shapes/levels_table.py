@@ -121,13 +121,12 @@ def collect(folder: Path) -> dict:
             done += 1
     if not found.get(FIRST, {}).get("base"):
         raise ValueError(f"{folder}: no base run is finished; leave out --collect")
-    base = found[FIRST]["base"][0]
-    for arms in found.values():
+    groups = {}
+    for group, arms in found.items():
+        base = arms.get("base", found[FIRST]["base"])[0]
         arms["base"] = dict.fromkeys(arms.get("sft", {}), base)
-    groups = {
-        group: {arm: summary(arms[arm], arms.get("sft", {}), base) for arm in arms if arms[arm]}
-        for group, arms in found.items()
-    }
+        sft = arms.get("sft", {})
+        groups[group] = {arm: summary(arms[arm], sft, base) for arm in arms if arms[arm]}
     return {"commits": sorted(commits), "runs": [done, len(whole)], "groups": groups}
 
 

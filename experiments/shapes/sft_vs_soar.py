@@ -253,11 +253,14 @@ def step_inputs(world: World, config: SoarConfig, seed: int, step: int, batch: i
     return z0, draws, cond, world.cond([""] * batch)
 
 
-def train(world: World, arm: Arm, setting: Setting, seed: int) -> dict[int, dict[str, Tensor]]:
+def train(
+    world: World, arm: Arm, setting: Setting, seed: int, base: Path | None = None
+) -> dict[int, dict[str, Tensor]]:
     """Weights by step, at the setting's shares of the steps and at the end: AdamW and clipping as train.py has them.
+    base: the weights to start from, by default the committed ones.
 
     Raises FloatingPointError: a loss is not finite."""
-    transformer = load_base(world).requires_grad_(True).train()
+    transformer = load_base(world, base).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
     optimizer = torch.optim.AdamW(transformer.parameters(), setting.learning_rate, weight_decay=1e-2, fused=True)
     warmup = {"num_warmup_steps": setting.lr_warmup_steps, "num_training_steps": steps}

@@ -152,3 +152,21 @@ def test_unknown_arms_and_sizes_are_refused():
     for wrong in ({"arms": ("sfft",)}, {"sizes": (65,)}, {"num_processes": 0}):
         with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):
             levels.Args(**wrong)
+
+
+def test_a_run_from_the_base_of_means_is_scored(few, tmp_path, monkeypatch):
+    for name, value in {"REFIT_SCENES": 8, "REFIT_STEPS": 2, "SCORED_PROMPTS": 2}.items():
+        monkeypatch.setattr(levels, name, value)
+    job, base = Job("sft", 0, 12, "refit"), tmp_path / "refit.safetensors"
+    world, _ = few
+    levels.refit(world, base)
+    old, new = levels.load_base(world).state_dict(), levels.load_base(world, base).state_dict()
+    assert all(x.isfinite().all() for x in new.values()) and any(not torch.equal(old[k], new[k]) for k in old)
+    levels.run(tmp_path, job)
+    plain = Job("sft", 0, 12, 0.0)
+    levels.run(tmp_path, plain)
+    found = [levels.json.loads((tmp_path / f"{x.name}.json").read_text())["levels"] for x in (job, plain)]
+    assert found[0] != found[1]  # the same means and steps from another base
+    assert levels.score(tmp_path, job) > 0 and levels.score(tmp_path, job) == 0
+    correct = levels.json.loads((tmp_path / f"{job.name}-score.json").read_text())["correct"]
+    assert len(correct) == 2 and set(correct) <= {True, False}
