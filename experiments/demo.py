@@ -1,11 +1,12 @@
-"""SFT and SOAR on the shapes world from end to end, by the commands that a user types: train, sample, score, look.
+"""SFT and SOAR on the shapes world from end to end, by the commands that a user types.
 
     python -m experiments.demo
 
-Trains the small Stable Diffusion 3 pipeline of experiments/shapes/data with two processes, by SFT and by SOAR, for
-equally many steps. Draws held-out prompts with the base and both trained transformers from the same noise, and
-prints GenEval's table for the three. OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every
-command is printed before it runs.
+Trains the small Stable Diffusion 3 pipeline of experiments/shapes/data with two processes, by SFT
+and by SOAR, for equally many steps. Draws held-out prompts with the base and both trained
+transformers from the same noise, and prints GenEval's table for the three.
+OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every command is printed
+before it runs.
 """
 
 import json
@@ -24,7 +25,10 @@ from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS
 from sample import visible
 
 SCRIPTS = Path(__file__).parents[1]
-MODEL = {"pretrained_model_name_or_path": DATA / "model", "max_sequence_length": MAX_SEQUENCE_LENGTH}
+MODEL = {
+    "pretrained_model_name_or_path": DATA / "model",
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
 MODEL |= {"mixed_precision": "no"}
 # The pipeline is made for a CPU; two processes could not share a GPU. Nothing is downloaded.
 ENV = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -75,15 +79,26 @@ def main(args: Args) -> None:
     seconds = {}
     for name, lambda_aux in {"sft": 0.0, "soar": 6.0}.items():
         run(
-            "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux, num_aux_points=1,
-            resolution=64, train_batch_size=16, max_train_steps=args.max_train_steps,
+            "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux,
+            num_aux_points=1, resolution=64, train_batch_size=16,
+            max_train_steps=args.max_train_steps,
             learning_rate=args.learning_rate, seed=args.seed, logging_steps=1, **MODEL,
         )  # fmt: skip
         seconds[name] = seconds_of_steps(output / name)
 
     transformers = ("base", str(output / "sft"), str(output / "soar"))
-    flags = {"prompts": output / "prompts.jsonl", "output_dir": output / "images", "transformer": transformers}
-    flags |= {"height": 64, "width": 64, "num_images_per_prompt": 1, "batch_size": 20, "seed": args.seed}
+    flags = {
+        "prompts": output / "prompts.jsonl",
+        "output_dir": output / "images",
+        "transformer": transformers,
+    }
+    flags |= {
+        "height": 64,
+        "width": 64,
+        "num_images_per_prompt": 1,
+        "batch_size": 20,
+        "seed": args.seed,
+    }
     flags |= {"num_inference_steps": args.num_inference_steps} | MODEL
     run("sample.py", **flags)
     jobs = sample.plan(sample.Args(**flags), [])
@@ -92,13 +107,21 @@ def main(args: Args) -> None:
     for name, job in zip(("base", "SFT", "SOAR"), jobs):
         scores[name] = score_folder(job.folder, job.folder / "results.jsonl")
     (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    print(f"\n{'GenEval task':<14} {'base':>7} {'SFT':>7} {'SOAR':>7}   of {args.num_prompts} prompts, one image each")
+    print(
+        f"\n{'GenEval task':<14} {'base':>7} {'SFT':>7} {'SOAR':>7}   of {args.num_prompts} prompts"
+    )
     for task in scores["base"]:
         print(f"{task:<14}", *(f"{found[task]:7.1%}" for found in scores.values()))
-    right = [[json.loads(x)["correct"] for x in (job.folder / "results.jsonl").open()] for job in jobs[1:]]
+    right = [
+        [json.loads(x)["correct"] for x in (job.folder / "results.jsonl").open()]
+        for job in jobs[1:]
+    ]
     alone = [sum(one and not other for one, other in zip(*pair)) for pair in (right, right[::-1])]
     print(f"SFT alone is right on {alone[0]} prompts, SOAR alone on {alone[1]}")
-    print(f"{args.max_train_steps} steps took {seconds['sft']:.0f} s with SFT, {seconds['soar']:.0f} s with SOAR")
+    print(
+        f"{args.max_train_steps} steps took {seconds['sft']:.0f} s with SFT,"
+        f" {seconds['soar']:.0f} s with SOAR"
+    )
     print(f"{output / 'images/compare.png'}: from the left base, SFT, SOAR")
 
 

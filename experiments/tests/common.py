@@ -1,4 +1,4 @@
-"""What tests share: the small pipeline's flags, train.py's arguments, a launcher, a part of the shapes world."""
+"""What tests share: flags of the small pipeline, a launcher, forked ranks, a part of the pairs."""
 
 import contextlib
 import gc
@@ -20,14 +20,17 @@ from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
 from experiments.shapes.sft_vs_soar import World, load_world
 
 ROOT = Path(__file__).parents[2]
-MODEL = {"pretrained_model_name_or_path": str(DATA / "model"), "max_sequence_length": MAX_SEQUENCE_LENGTH}
+MODEL = {
+    "pretrained_model_name_or_path": str(DATA / "model"),
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
 MODEL |= {"mixed_precision": "no"}
 DATASET = {"dataset": str(PAIRS), "resolution": 64}
 
 
 def words_of(flags: dict) -> list[str]:
-    """Flags as on a command line: True and False as --name and --no-name, several values after one --name, and the
-    items of a dict."""
+    """Flags as on a command line: True and False as --name and --no-name, several values after one
+    --name, and the items of a dict."""
     words = []
     for name, value in flags.items():
         if isinstance(value, bool):
@@ -41,24 +44,38 @@ def words_of(flags: dict) -> list[str]:
 
 
 def train_args(**flags) -> train.Args:
-    """train.py's arguments by its own parser, from flags as on its command line; without some, those of MODEL and
-    DATASET. Raises ValueError: what the parser would print."""
+    """train.py's arguments by its own parser, from flags as on its command line; without some,
+    those of MODEL and DATASET. Raises ValueError: what the parser would print."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return train.parse(words_of(MODEL | DATASET | flags))
     except SystemExit:
-        message = re.sub(r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue())  # without the box that tyro draws around it
+        message = re.sub(
+            r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue()
+        )  # without the box that tyro draws around it
         raise ValueError(message.strip()) from None
 
 
 def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:
-    """script under torchrun, or alone with 1 process, in a process group of its own; one thread a process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    """script under torchrun, or alone with 1 process, in a process group of its own."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     command = [*(launcher if processes > 1 else [sys.executable]), script, *words, *words_of(flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background ignores it
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    # A shell's background processes ignore SIGINT.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=heed, **options)
 
 
@@ -67,10 +84,14 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        subprocess.run(["pkill", "-9", "-P", str(process.pid)])  # torchrun's workers, which have groups of their own
+        subprocess.run(
+            ["pkill", "-9", "-P", str(process.pid)]
+        )  # torchrun's workers, which have groups of their own
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"no end after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+        raise AssertionError(
+            f"no end after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}"
+        ) from None
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -85,9 +106,14 @@ def free_port() -> int:
 
 
 def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocessing.Process]:
-    """Ranks that call action under torchrun's variables, or a single process without them. They are forked from this
-    process, which spares each 7 s of imports, and have one thread. What rank r prints goes to log.r."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    """Ranks that call action under torchrun's variables, or a single process without them. They are
+    forked from this process, which spares each 7 s of imports, and have one thread. What rank r
+    prints goes to log.r."""
+    address = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+    }
 
     def rank_main(rank: int) -> None:
         if count > 1:
@@ -100,7 +126,8 @@ def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocess
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
     gc.collect()
-    gc.freeze()  # or a rank might collect a process group of this process, and wait for threads that it lacks
+    # Or a rank might collect a process group of this process, and wait for threads that it lacks.
+    gc.freeze()
     try:
         for rank in ranks:
             rank.start()

@@ -1,4 +1,4 @@
-"""Workers of pytest-xdist share the cores: with one thread each they do not wait for one another."""
+"""Workers of pytest-xdist share the cores: with one thread each none waits for another."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How the files at the top read: nodes per code line, width, length of functions; what they import."""
+"""How the files read: nodes per code line, width, length of functions; what they import."""
 
 import ast
 import io
@@ -12,6 +12,8 @@ from experiments.tests.common import ROOT
 
 FILES = sorted(ROOT.glob("*.py"))
 OURS = {"soar", "sample", "train", "test_soar", "experiments"}
+TESTS = sorted((ROOT / "experiments/tests").rglob("*.py"))
+MODULES = sorted({*(ROOT / "experiments").rglob("*.py")} - {*TESTS})
 ROOMS = {  # room of experiments/: the rooms whose code it may take beside its own
     "port": set(),
     "evaluate": set(),
@@ -21,16 +23,17 @@ ROOMS = {  # room of experiments/: the rooms whose code it may take beside its o
 }
 NODES_PER_LINE, COLUMNS, FUNCTION_LINES = 8.5, 100, 50
 LONGER = {("train.py", "train"): 80}  # the training loop
-NO_CODE = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
-}  # fmt: skip
+NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
 
 def docstrings(tree: ast.AST) -> list[ast.Expr]:
     """The docstrings of a module, its classes and functions."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             found.append(node.body[0])
     return found
 
@@ -43,7 +46,7 @@ def code_lines(source: str, tree: ast.AST) -> set[int]:
     """Lines that hold code: no blank ones, comments or docstrings."""
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in NO_CODE:
+        if tokenize.tok_name[token.type] not in NO_CODE:
             lines |= set(range(token.start[0], token.end[0] + 1))
     return lines.difference(*map(lines_of, docstrings(tree)))
 
@@ -52,7 +55,9 @@ def nodes_per_line(source: str) -> float:
     """Statements and expressions per code line."""
     tree = ast.parse(source)
     left_out = {id(node) for doc in docstrings(tree) for node in ast.walk(doc)}
-    nodes = [x for x in ast.walk(tree) if isinstance(x, ast.stmt | ast.expr) and id(x) not in left_out]
+    nodes = [
+        x for x in ast.walk(tree) if isinstance(x, ast.stmt | ast.expr) and id(x) not in left_out
+    ]
     return len(nodes) / len(code_lines(source, tree))
 
 
@@ -76,11 +81,15 @@ def imported(source: str) -> set[str]:
 
 
 def rooms_taken(source: str) -> set[str]:
-    """What a file imports of experiments: names of rooms, and of files that lie beside the rooms."""
+    """What a file imports of experiments: rooms, and files that lie beside the rooms."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {x.name.removeprefix("experiments.") for x in node.names if x.name.startswith("experiments.")}
+            names |= {
+                x.name.removeprefix("experiments.")
+                for x in node.names
+                if x.name.startswith("experiments.")
+            }
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "experiments":
             rest = node.module.split(".")[1:]
             names |= set(rest[:1]) or {x.name for x in node.names}
@@ -112,10 +121,30 @@ def test_the_trainer_and_the_sampler_stay_small(name, most):
 
 def test_the_files_at_the_top_import_one_another_in_one_direction_only():
     found = {path.name: imported(path.read_text()) & OURS for path in FILES}
-    assert found == {
-        "soar.py": set(), "sample.py": {"soar"}, "train.py": {"sample", "soar"}, "test_soar.py": {"soar"},
-    }  # fmt: skip
+    assert found.pop("train.py") == {"sample", "soar"}
+    assert found == {"soar.py": set(), "sample.py": {"soar"}, "test_soar.py": {"soar"}}
     assert third_party(ROOT / "soar.py") == {"torch", "einops"}
+
+
+def lines_in(paths: list[Path]) -> int:
+    return sum(path.read_text().count("\n") for path in paths)
+
+
+def test_experiments_and_tests_stay_small():
+    assert lines_in(MODULES) <= 6800
+    assert lines_in([*TESTS, ROOT / "test_soar.py"]) <= 7500
+    for path in TESTS:
+        assert lines_in([path]) < 700, path.name
+
+
+@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_of_experiments_is_easy_to_read(path: Path):
+    source = path.read_text()
+    assert max(map(len, source.splitlines()), default=0) <= COLUMNS
+    if source:
+        assert nodes_per_line(source) <= NODES_PER_LINE
+    if path in MODULES:
+        assert max(function_lengths(source).values(), default=0) <= FUNCTION_LINES
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -135,10 +164,15 @@ def test_requirements_are_what_the_files_at_the_top_import_and_no_more():
 
 
 def test_measures_equal_counts_by_hand():
-    source = '"""Not\ncounted."""\n\ndef f(x):\n    """Nor this."""\n    # nor it\n    return (\n        x + 1\n    )\n'
-    # The function, its return, x + 1, x and 1, over the lines of def, return, x + 1 and the bracket.
+    source = '"""Not\ncounted."""\n\ndef f(x):\n    """Nor this."""\n    # nor it\n'
+    source += "    return (\n        x + 1\n    )\n"
+    # The function, its return, x + 1, x and 1, over the lines of def, return, x + 1 and ).
     assert nodes_per_line(source) == 5 / 4
     assert function_lengths(source) == {"f": 5}  # the comment is one
-    assert imported("def f():\n    import experiments.shapes\n    from train import x\n") == {"experiments", "train"}
-    source = "from experiments import port\nfrom experiments.cost.memory import x\nimport experiments.demo\n"
+    assert imported("def f():\n    import experiments.shapes\n    from train import x\n") == {
+        "experiments",
+        "train",
+    }
+    source = "from experiments import port\nfrom experiments.cost.memory import x\n"
+    source += "import experiments.demo\n"
     assert rooms_taken(source) == {"port", "cost", "demo"}

@@ -1,4 +1,5 @@
-"""The README's commands, in order, as its reader gives them: on the small pipeline, with two steps, in this process."""
+"""The README's commands, in order, as its reader gives them, on the small pipeline with two steps;
+links and commands of all pages."""
 
 import glob
 import os
@@ -19,7 +20,12 @@ from experiments.tests.common import ROOT
 from experiments.tests.test_layout import ROOMS
 
 README = (ROOT / "README.md").read_text()
-SMALL = ["--pretrained_model_name_or_path", str(DATA / "model"), "--max_sequence_length", str(MAX_SEQUENCE_LENGTH)]
+SMALL = [
+    "--pretrained_model_name_or_path",
+    str(DATA / "model"),
+    "--max_sequence_length",
+    str(MAX_SEQUENCE_LENGTH),
+]
 SMALL += ["--mixed_precision", "no"]
 SHORT = {
     "train.py": [*SMALL, "--resolution", "64", "--max_train_steps", "2", "--num_aux_points", "1"],
@@ -66,13 +72,21 @@ def test_commands_of_training_and_sampling_run_in_order(tmp_path, monkeypatch, c
         elif script == "sample.py":
             sample.main(sample.tyro.cli(sample.Args, args=rest, use_underscores=True))
         elif words[:3] == ["python", "-m", "experiments.evaluate.score"]:
-            score.command([x for word in words[3:] for x in sorted(glob.glob(word)) or [word]] + ["--device", "cpu"])
+            score.command(
+                [x for word in words[3:] for x in sorted(glob.glob(word)) or [word]]
+                + ["--device", "cpu"]
+            )
         else:
             assert not words or words[:2] in (["pip", "install"], ["hf", "auth"]), command
         done.append(script or " ".join(words[:3]))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    assert done[-4:] == ["train.py", "train.py", "sample.py", "python -m experiments.evaluate.score"]
+    assert done[-4:] == [
+        "train.py",
+        "train.py",
+        "sample.py",
+        "python -m experiments.evaluate.score",
+    ]
     assert "| pickscore" in capsys.readouterr().out
     folders = sorted(x for x in os.listdir("output/images") if Path("output/images", x).is_dir())
     assert folders == ["base", "output-sft", "output-soar"]
@@ -142,7 +156,10 @@ def test_every_promise_of_the_index_names_its_tests():
 
 def test_the_index_has_every_command():
     folder = ROOT / "experiments"
-    files = [*folder.glob("*.py"), *(path for room in ROOMS for path in (folder / room).glob("*.py"))]
+    files = [
+        *folder.glob("*.py"),
+        *(path for room in ROOMS for path in (folder / room).glob("*.py")),
+    ]
     paths = [path for path in files if "__main__" in path.read_text()]
     run = {str(path.relative_to(folder)).removesuffix(".py").replace("/", ".") for path in paths}
     lines = [line for line in index().split("\n## What a")[0].splitlines() if line.startswith("|")]
