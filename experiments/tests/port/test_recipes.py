@@ -1075,7 +1075,12 @@ def test_diffsynth_block_takes_a_soar_step(hook):
     assert loss.isfinite() and len(gradients(sd3_model.net)) > 10
 
 
-def onetrainer(hook, **settings):
+def onetrainer_part(offload=False, activations=False):
+    names = {"attention_mask": False, "offloading_enabled": lambda: offload, "activation_offloading": activations}
+    return SimpleNamespace(**names)
+
+
+def onetrainer(hook, transformer=None, kind="STANDARD", **settings):
     """BaseStableDiffusion3Setup.predict at the place of the page's block, then calculate_loss."""
     level_weights = SimpleNamespace(SIGMA="sigma", CONSTANT="constant")
     recipe(hook["patch"], "soar_onetrainer", modules__util__enum__LossWeight={"LossWeight": level_weights})
@@ -1099,11 +1104,13 @@ def onetrainer(hook, **settings):
         "offset_noise_weight": 0.0, "perturbation_noise_weight": 0.0, "mse_strength": 0.5,
         "train_text_encoder_or_embedding": lambda: False, "loss_weight_fn": "sigma", "loss_scaler": scaler,
         "model_type": SimpleNamespace(has_conditioning_image_input=lambda: False), "batch_size": 2,
-        "gradient_accumulation_steps": 3, "transformer": SimpleNamespace(attention_mask=False),
+        "train_text_encoder_2_or_embedding": lambda: False, "train_text_encoder_3_or_embedding": lambda: False,
+        "optimizer": SimpleNamespace(fused_back_pass=True), "multi_gpu": False,
+        "gradient_accumulation_steps": 3, "transformer": transformer or onetrainer_part(),
         "text_encoder_layer_skip": 0, "text_encoder_2_layer_skip": 0, "text_encoder_3_layer_skip": 0, **settings,
     })  # fmt: skip
     setup = SimpleNamespace(train_device="cpu", setup_train_device=lambda *x: None)
-    batch = {"loss_weight": torch.tensor([1.0, 3.0])}
+    batch = {"loss_weight": torch.tensor([1.0, 3.0]), "concept_type": [kind] * 2}
     call = (setup, model, batch, config, rng(), z0, torch.tensor([899, 199]), cond, randn(14, BATCH, 8))
     return functions["calculate_loss"](functions["predict"](*call))
 
@@ -1123,8 +1130,16 @@ def test_onetrainer_block_takes_a_soar_step_and_leaves_validation_alone(hook):
     assert len(gradients(sd3_model.net)) > 10
     with torch.no_grad():
         assert onetrainer(hook) is True
-    with pytest.raises(ValueError, match="masks"):
-        onetrainer(hook, masked_training=True)
+    refused = {
+        "masked": {"masked_training": True},
+        "text encoder": {"train_text_encoder_3_or_embedding": lambda: True},
+        "prior prediction": {"kind": "PRIOR_PREDICTION"},
+        "activation offloading": {"transformer": onetrainer_part(activations=True)},
+        "layer offloading": {"transformer": onetrainer_part(offload=True)},
+    }
+    for what, settings in refused.items():
+        with pytest.raises(ValueError, match=what):
+            onetrainer(hook, **settings)
 
 
 def ltx_video(hook, known):
