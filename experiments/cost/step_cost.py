@@ -601,8 +601,9 @@ def shares(args: Args, size: str, text: dict[str, int], vae: dict[str, int]) -> 
 
 
 def hours(size: str) -> dict[str, float]:
-    """Of runs on 8 H100 at 40 % of their bf16 peak: train.py's defaults, the same for SFT, the paper's broad run."""
-    speed = 0.4 * 8 * 1e12 * train.PEAK_TFLOPS["H100"]
+    """Of runs on 8 H100 at 40 % of their bf16 peak, 989 TFLOP a second: train.py's defaults, the same for SFT, the
+    paper's broad run."""
+    speed = 0.4 * 8 * 989e12
     runs = {"5,000 steps of 32": (22, 32 * 5000), "SFT": (3, 32 * 5000), "10,000 steps of 512": (22, 512 * 10_000)}
     return {name: units * images * forward_of(size, 1) / speed / 3600 for name, (units, images) in runs.items()}
 
