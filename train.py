@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/soar
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/sft --lambda_aux 0
 
-`python train.py` runs one process; --dry_run checks all data, takes one step in memory, says what
+`python train.py` runs one process; --dry_run checks all data, takes two steps in memory, says what
 would run, and writes nothing. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1, goes
 on from its last checkpoint when the same command is given again (torchrun ends its ranks 30 s after
 a signal: see experiments/README.md, Signals, for more). The defaults are those of the
@@ -11,9 +11,10 @@ published runs on subsets: 5,000 steps of 8 GPUs x 4 images.
 
 Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
 place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
-also by quarter of sigma (quarter 1 is the cleanest); validation-NNNNNN/. A checkpoint is whole if
-it has its name. Every random number is a function of (seed, step, sample): the number of GPUs
-changes only the order of sums.
+also by quarter of sigma (quarter 1 is the cleanest), and in lines of their own the error on the
+pairs of --held_out, {"step": 500, "held_out": mean, "held_out_0.1": at sigma 0.1, ...};
+validation-NNNNNN/. A checkpoint is whole if it has its name. Every random number is a function of
+(seed, step, sample): the number of GPUs changes only the order of sums.
 """
 
 import contextlib
@@ -57,7 +58,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -92,6 +92,7 @@ from soar import (
     Velocity,
     draw,
     loss_normalizer,
+    sft_loss,
     sigma_from_t,
     soar_terms,
 )
@@ -120,8 +121,6 @@ class DataConfig:
 
     def __post_init__(self):
         check_numbers(self)
-        if self.image_column == self.caption_column:
-            raise ValueError(f"--image_column and --caption_column are both {self.image_column}")
 
 
 @dataclass(frozen=True)
@@ -191,9 +190,12 @@ class JobConfig:
     """A prompt file as sample.py reads it: an image each, from noise that stays the same, with
     --num_sampling_steps and --guidance_scale."""
     validation_steps: int = 500
-    """Steps between validation images; there are some before the first step and after the last."""
+    """Steps between validations; there is one before the first step and one after the last."""
+    held_out: str | None = None
+    """Pairs to measure on and not to train on, in a form that --dataset takes: at each of these
+    steps the model's error on all of them is a line of metrics."""
     dry_run: bool = False
-    """Check all data, take one step in memory, print the summary, and stop."""
+    """Check all data, take two steps in memory, say what would run, and stop."""
 
     def __post_init__(self):
         check_numbers(self)
@@ -207,9 +209,9 @@ class Args:
     is to go on."""
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Hub id or folder of a Stable Diffusion 3 pipeline."""
-    transformer: str | None = None
-    """Where to start, if not from the pipeline's own transformer: another run's output_dir, a
-    checkpoint, a diffusers transformer folder or a LoRA file."""
+    transformer: str = "base"
+    """Where to start: base, the pipeline's own transformer; another run's output_dir, a checkpoint,
+    a diffusers transformer folder or a LoRA file."""
     training: TrainingConfig = TrainingConfig()
     soar: SoarConfig = SoarConfig()
     job: JobConfig = JobConfig()
@@ -220,25 +222,28 @@ class Args:
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow's limit, 1 MB, is below what workflow editors write
 
 
-def read_table(data: DataConfig) -> tuple[datasets.Dataset, Path]:
-    """The rows of --dataset, in its own order, and the folder that image paths start from.
+def read_table(data: DataConfig, name: str) -> tuple[datasets.Dataset, Path]:
+    """The rows of a data set, in its own order, and the folder that image paths start from. name:
+    its flag and value, for errors.
     Raises ValueError, FileNotFoundError: it cannot be read; names the file and the mend."""
     path = Path(data.dataset)
     if not path.exists():
         return datasets.load_dataset(data.dataset, split="train"), Path()
-    if (path / "metadata.jsonl").is_file():
-        return read_metadata(path / "metadata.jsonl", data), path
     files = sorted(path.glob("[!.]*.parquet")) if path.is_dir() else [path]
-    if not files or files[0].suffix != ".parquet":
-        raise ValueError(
-            f"--dataset {path}: expected a folder with metadata.jsonl, a .parquet file, a folder of"
-            " them, or a hub id. README, Data, says how to make one"
-        )
-    names = [glob.escape(str(file)) for file in files]
     try:
+        if (path / "metadata.jsonl").is_file():
+            return read_metadata(path / "metadata.jsonl", data), path
+        if not files or files[0].suffix != ".parquet":
+            raise ValueError(
+                "expected a folder with metadata.jsonl, a .parquet file, a folder of them, or a hub"
+                " id. README, Data, says how to make one"
+            )
+        names = [glob.escape(str(file)) for file in files]
         return datasets.load_dataset("parquet", data_files=names, split="train"), files[0].parent
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
-        raise ValueError(f"--dataset {path} cannot be read: {error.__cause__ or error}") from None
+    except (
+        datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, ValueError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{name}: {error.__cause__ or error}") from None
 
 
 def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
@@ -257,10 +262,7 @@ def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
         columns[column] = [row.get(name) for row in rows]
         if column not in data.minima:  # a row without a text there is listed later, by its number
             columns[column] = [x if isinstance(x, str) else None for x in columns[column]]
-    try:
-        return datasets.Dataset.from_dict(columns)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: a column of --min mixes kinds of values: {error}") from None
+    return datasets.Dataset.from_dict(columns)
 
 
 def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
@@ -315,36 +317,37 @@ def in_threads(function: Callable, items: Iterator, threads: int, ahead: int) ->
 
 
 class Pairs:
-    """The image-caption pairs of --dataset. check() reads every row and keeps a digest of it;
-    read() holds each later read against that: what is checked is what is trained.
+    """The image-caption pairs of a data set, that of a flag. check() reads every row and keeps a
+    digest of it; read() holds each later read against that: what is checked is what is trained.
     Raises ValueError, FileNotFoundError: it cannot be read, or a column does not fit."""
 
-    def __init__(self, data: DataConfig):
-        self.data = data
-        table, self.folder = read_table(data)
-        columns = dict.fromkeys([data.image_column, data.caption_column, *data.minima])
-        table = table.select_columns(list(columns))  # its error names one that is not there
+    def __init__(self, data: DataConfig, flag: str = "dataset"):
+        self.data, self.name = data, f"--{flag} {data.dataset}"
+        table, self.folder = read_table(data, self.name)
+        columns = {data.image_column, data.caption_column, *data.minima}
+        table = table.select_columns(sorted(columns))  # its error names one that is not there
         try:
             self.table = table.cast_column(data.image_column, datasets.Image(decode=False))
         except (pyarrow.ArrowException, TypeError, ValueError):
             raise ValueError(
-                f"--image_column holds no images, but {table.features[data.image_column]}"
+                f"{self.name}: --image_column holds {table.features[data.image_column]}, no images"
             ) from None
-        self.rows = at_least(table, data.minima)  # number in --dataset, by index of the pair
+        self.rows = at_least(table, data.minima)  # number in the table, by index of the pair
         self.digests: list[int] = []
         self.processor = VaeImageProcessor(vae_scale_factor=1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check(self, cpu_group: dist.ProcessGroup) -> str:
-        """Read all rows, each rank a share, and leave out, or stop at, what cannot be used.
-        Returns what was found, in words. Raises ValueError: rows that cannot be used."""
+    def check(self, cpu_group: dist.ProcessGroup, least: int = 1) -> str:
+        """Read all rows, each rank a share, and leave out, or stop at, what cannot be used. Returns
+        what was found, in words. Raises ValueError: rows that cannot be used; fewer than least."""
         data, chosen, rank = self.data, self.rows, dist.get_rank(cpu_group)
+        check_ranks_agree({f"number of rows of {self.name}": len(chosen)}, cpu_group)
         found = torch.zeros(len(chosen), dtype=torch.int64)  # digests; 0 if it cannot be used
         own = range(rank, len(chosen), dist.get_world_size(cpu_group))
-        rows = (chosen[i] for i in own)
-        verdicts = in_threads(self.inspect, rows, data.reader_threads, 8 * data.reader_threads)
+        threads = data.reader_threads
+        verdicts = in_threads(self.inspect, (chosen[i] for i in own), threads, 8 * threads)
         for i, verdict in zip(tqdm(own, desc="checking rows", disable=rank > 0), verdicts):
             found[i] = verdict[0]
         dist.all_reduce(found, group=cpu_group)  # a row is 0 on all ranks but one
@@ -356,10 +359,12 @@ class Pairs:
             said += f"\n  {self.inspect(row)[1] or f'row {row}: another rank cannot read it'}"
         if len(self) < len(chosen) and data.on_bad_row == "stop":
             raise ValueError(
-                f"--dataset {data.dataset}: {said}\n"
+                f"{self.name}: {said}\n"
                 "Correct these rows, or leave them out by --on_bad_row skip"
             )
-        return f"{said}; {len(self) - len(set(self.digests))} are repeated"
+        if len(self) < least:
+            raise ValueError(f"{self.name} has {len(self)} pairs, expected {least} or more")
+        return said
 
     def inspect(self, row: int) -> tuple[int, str]:
         """(digest, "") of a row, or (0, what is wrong with it)."""
@@ -429,6 +434,18 @@ def batched(draws: list[Draws]) -> Draws:
     return Draws(*joined)
 
 
+def read_batch(
+    pairs: Pairs, indices: list[int], shape: tuple[int, ...], args: Args, keys: list[tuple]
+) -> Batch:
+    """Pairs by index, with latents of shape (C, h, w). What is random of a pair is a function of
+    the seed and its key."""
+    seed = args.training.seed
+    pixels, captions = zip(*map(pairs.read, indices))
+    noise = [torch.randn(shape, generator=seeded(seed, "vae", *key)) for key in keys]
+    draws = [draw((1, *shape), args.soar, seeded(seed, "draws", *key)) for key in keys]
+    return Batch(torch.stack(pixels), list(captions), torch.stack(noise), batched(draws))
+
+
 def read_batches(
     pairs: Pairs, args: Args, shape: tuple[int, ...], rank: int, global_batch: int, done: int
 ) -> Iterator[Batch]:
@@ -443,15 +460,13 @@ def read_batches(
         indices = step_indices(len(pairs), global_batch, training.seed, step)
         # A micro-batch is a run of world_size * size samples, rank by rank.
         first = micro * (global_batch // num_micros) + rank * size
-        pixels, captions, noise, draws = [], [], [], []
-        for i in range(first, first + size):
-            image, caption = pairs.read(indices[i])
-            dropped = torch.rand((), generator=seeded(training.seed, "caption", step, i))
-            pixels.append(image)
-            captions.append("" if dropped < training.cond_dropout_rate else caption)
-            noise.append(torch.randn(shape, generator=seeded(training.seed, "vae", step, i)))
-            draws.append(draw((1, *shape), args.soar, seeded(training.seed, "draws", step, i)))
-        return Batch(torch.stack(pixels), captions, torch.stack(noise), batched(draws))
+        keys = [(step, i) for i in range(first, first + size)]
+        batch = read_batch(pairs, indices[first : first + size], shape, args, keys)
+        for j, sample in enumerate(keys):
+            dropped = torch.rand((), generator=seeded(training.seed, "caption", *sample))
+            if dropped < training.cond_dropout_rate:
+                batch.captions[j] = ""
+        return batch
 
     keys = product(range(done + 1, training.max_train_steps + 1), range(num_micros))
     return in_threads(make, keys, threads, ahead=num_micros + threads)  # a step, and a batch each
@@ -472,7 +487,10 @@ def load_trainable(
     trained is float32. Raises ValueError: the weights do not fit."""
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
-        return model.requires_grad_(True).train()
+        for parameter in model.requires_grad_(True).parameters():
+            # Aligned, however it lay in its file: on a CPU the rounding of a batch of 1 depends on it.
+            parameter.data = parameter.data.clone()
+        return model.train()
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = load_transformer(name_or_path, None, dtype, torch.device("cpu"))
     if weights is None:
@@ -557,11 +575,10 @@ def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Ca
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
     there is no state to save. The schedule runs from 0 to max_train_steps + 1; these two ends,
     where the factor may be 0, are not taken. Raises ValueError: polynomial at a rate under 1e-7."""
-    scheduler = get_scheduler(
+    return get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps + 1,
-    )  # fmt: skip
-    return scheduler.lr_lambdas[0]
+    ).lr_lambdas[0]  # fmt: skip
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -616,6 +633,13 @@ def wait_for(path: Path, seconds: int = 300) -> None:
         time.sleep(0.5)
 
 
+def greatest(numbers: list[int], cpu_group: dist.ProcessGroup) -> int:
+    """The greatest of all ranks' numbers, 0 if there are none; the same on all ranks."""
+    number = torch.tensor(max(numbers, default=0))
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=cpu_group)
+    return int(number)
+
+
 def newest_checkpoint(output_dir: Path, cpu_group: dist.ProcessGroup) -> Path | None:
     """The checkpoint to go on from, the newest that any rank sees; None for a fresh start.
     Raises ValueError: output_dir is in other use; FileNotFoundError: a rank does not see it."""
@@ -623,9 +647,9 @@ def newest_checkpoint(output_dir: Path, cpu_group: dist.ProcessGroup) -> Path | 
         raise ValueError(
             f"--output_dir {output_dir} is not empty and holds no run: there is no metrics.jsonl"
         )
-    found = [int(path.name.split("-")[1]) for path in checkpoints(output_dir)]
-    step = torch.tensor(max(found, default=0))
-    dist.all_reduce(step, dist.ReduceOp.MAX, group=cpu_group)
+    step = greatest(
+        [int(path.name.split("-")[1]) for path in checkpoints(output_dir)], cpu_group
+    )
     if step == 0:
         return None
     path = output_dir / f"checkpoint-{step:06d}"
@@ -678,8 +702,6 @@ def check_ranks_agree(values: dict, cpu_group: dist.ProcessGroup) -> None:
 
 # --- What the user sees ---------------------------------------------------------------------------
 
-# bf16, dense, from the data sheets.
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "B200": 2250}
 # loss, grad_norm: means over steps. base, aux: mean error of a point, unweighted; behind each the
 # same by quarter of sigma, an order that add_term relies on.
 METRICS = (
@@ -710,17 +732,19 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step done, and
-    TensorBoard's files. Deletes unfinished checkpoints: for the holder of output_dir's lock."""
+    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step done and before its
+    held-out line, which is written again, and TensorBoard's files. Deletes unfinished checkpoints:
+    for the holder of output_dir's lock."""
 
     def __init__(self, output_dir: Path, done: int):
         for path in output_dir.glob(".checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         file = output_dir / "metrics.jsonl"
-        lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-        whole = [x for x in lines if x.endswith("}")]  # the last may be half written, in a crash
-        kept = [x + "\n" for x in whole if json.loads(x)["step"] <= done]
-        save_whole("".join(kept), file)
+        file.touch()
+        lines = file.read_text(errors="replace").splitlines()
+        whole = [json.loads(x) for x in lines if x.endswith("}")]  # a crash may leave half a line
+        kept = [x for x in whole if x["step"] < done or (x["step"] == done and "held_out" not in x)]
+        save_whole("".join(json.dumps(x) + "\n" for x in kept), file)
         self.file = file.open("a", buffering=1)
         self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=done + 1)
 
@@ -731,6 +755,7 @@ class Log:
             self.writer.add_scalar(name, value, line["step"])
 
 
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)  # noise levels at which held-out pairs are measured
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -740,12 +765,6 @@ def note_signals() -> list[int]:
     for number in SIGNALS:
         signal.signal(number, lambda signum, _: noted.append(signum))
     return noted
-
-
-def gpu_peak(device: torch.device, bf16: bool) -> float:
-    """FLOP a second of the GPU; infinite if not known, so that times computed from it are 0."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" and bf16 else ""
-    return next((1e12 * x for gpu, x in PEAK_TFLOPS.items() if gpu in name), math.inf)
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -760,6 +779,7 @@ class Run:
     device: torch.device
     cpu_group: dist.ProcessGroup  # gloo, of all ranks: for tensors on the CPU, and for long waits
     pairs: Pairs
+    held_out: Pairs | None
     found: str  # what Pairs.check said
     global_batch: int
     settings: dict
@@ -779,32 +799,29 @@ def set_up(args: Args) -> Run:
     """Check and load everything; writes nothing.
     Raises ValueError, OSError: names a flag, file or row that cannot be used."""
     base, training = args.pretrained_model_name_or_path, args.training
-    weights = None
-    if args.transformer:
-        weights, _ = find_weights(args.transformer)
-        check_fit(args.transformer, weights, base)
-    pairs = Pairs(args.data)
+    weights, _ = find_weights(args.transformer)
+    check_fit(args.transformer, weights, base)
+    pairs, held_out = Pairs(args.data), None
+    if args.job.held_out:
+        held_out = Pairs(dataclasses.replace(args.data, dataset=args.job.held_out), "held_out")
     rank, world_size, device = init_distributed()
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     global_batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
     settings = run_settings(args, weights, global_batch)
-    check_ranks_agree(flags(args) | settings | {"number of rows": len(pairs)}, cpu_group)
+    values = vars(args.data) | vars(args.training) | vars(args.job) | settings
+    check_ranks_agree(values | {"output_dir": args.output_dir}, cpu_group)
     checkpoint = newest_checkpoint(args.output_dir, cpu_group)
     # The same dict of settings, so that a fresh start equals itself.
     state = {"step": 0, "sums": zero_sums(device).tolist(), "settings": settings}
     if checkpoint is not None:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        weights, _ = find_weights(str(checkpoint))
+        weights, state = find_weights(str(checkpoint))
     # First without the data, whose digest is taken from the checkpoint here: reading takes a while.
     check_same(state["settings"], state["settings"] | settings, args.output_dir)
-    found = pairs.check(cpu_group)
+    found = pairs.check(cpu_group, global_batch)
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
     check_same(state["settings"], settings, args.output_dir)
-    if len(pairs) < global_batch:
-        raise ValueError(
-            f"--dataset {args.data.dataset} has {len(pairs)} pairs, fewer than a global batch of"
-            f" {global_batch}"
-        )
+    if held_out is not None:
+        found += f"\nheld out     {held_out.check(cpu_group, world_size)}"
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
 
@@ -822,24 +839,17 @@ def set_up(args: Args) -> Run:
     ddp = make_ddp(transformer)
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
-        rank, world_size, device, cpu_group, pairs, found, global_batch, settings, state["step"],
-        totals, pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
+        rank, world_size, device, cpu_group, pairs, held_out, found, global_batch, settings,
+        state["step"], totals, pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
     )  # fmt: skip
-
-
-def flags(args: Args) -> dict:
-    """All flags, by name."""
-    values = dataclasses.asdict(args)
-    for group in ("data", "training", "soar", "job"):
-        values |= values.pop(group)
-    return values
 
 
 def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
     """The pipeline without its transformer. Raises ValueError: --shift is not its sampler's."""
     dtype = torch.bfloat16 if args.training.bf16 else torch.float32
-    encoders = torch.device(args.job.text_encoder_device or device)
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, device, encoders)
+    pipe = load_pipeline(
+        args.pretrained_model_name_or_path, dtype, device, args.job.text_encoder_device
+    )
     if pipe.scheduler.config.shift != args.soar.shift:
         raise ValueError(
             f"--shift is {args.soar.shift}, but the pipeline samples with shift"
@@ -848,49 +858,35 @@ def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
     return pipe
 
 
-def warm_up(velocity: Velocity, example: tuple, optimizer: torch.optim.Optimizer) -> None:
+def warm_up(velocity: Velocity, run: Run, batch_size: int) -> None:
     """DDP settles its buckets in its second backward. So run two, of gradients 0: from the first
     step on, gradients are views of the final buckets, and sums come in one order."""
+    z = torch.zeros(batch_size, *run.latent_shape, device=run.device)
+    sigma = torch.ones(batch_size, device=run.device)
     for _ in range(2):
-        (0 * velocity(*example).sum()).backward()
-        optimizer.zero_grad(set_to_none=False)
+        (0 * velocity(z, sigma, run.uncond).sum()).backward()
+        run.optimizer.zero_grad(set_to_none=False)
 
 
-def count_flops(args: Args, velocity: Velocity, example: tuple, world_size: int) -> float:
-    """Operations of a step, over all ranks, from those of a forward of example."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        velocity(*example)
-    soar, training = args.soar, args.training
-    passes = 2 if training.lora_rank else 3  # frozen weights need no gradients of their own
-    # The forward without a prompt; the one with it is the base term's own.
-    rollout = 1 if soar.num_terms > 1 and soar.guidance_scale != 1 else 0
-    batches = training.gradient_accumulation_steps * world_size
-    return counter.get_total_flops() * (passes * soar.num_terms + rollout) * batches
-
-
-def report(args: Args, run: Run, flops: float, least_seconds: float) -> None:
-    """Say what will run. flops: of a step; least_seconds: it takes at the GPUs' peak speed, 0 if
-    that is not known. Raises OSError: output_dir cannot be written, or has too little room."""
+def report(args: Args, run: Run) -> None:
+    """Say what will run. Raises OSError: output_dir cannot be written, or has too little room."""
     training, folder, steps = args.training, args.output_dir, args.training.max_train_steps
     length, captions = training.max_sequence_length, run.pairs.captions()
     cut = count_cut(run.pipe, captions, length)
-    same = "; all captions are equal" if len(set(captions)) == 1 else ""
     split = f"{training.gradient_accumulation_steps} x {training.train_batch_size}"
-    hours = least_seconds / 0.4 * (steps - run.step) / 3600
-    duration = f"; {hours:.1f} hours at 40 % of the GPUs' peak" if hours else ""
     size = sum(x.numel() for x in trained(run.transformer).values())
     each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
     kept = math.ceil(steps / args.job.checkpointing_steps)
     kept = min(kept, (args.job.checkpoints_total_limit or kept) + 1)  # a new one comes first
     needed = each * max(kept - len(checkpoints(folder)), 1)
     free = free_bytes(folder) / 1e9
-    print(f"""model        {args.transformer or args.pretrained_model_name_or_path}
+    print(f"""model        {args.pretrained_model_name_or_path}, transformer {args.transformer}
 trained      {size / 1e6:,.1f} M parameters
 pairs        {run.found}
-captions     {cut} of {len(captions)} are cut at {length} tokens{same}
+captions     {cut} of {len(captions)} are cut at {length} tokens
 global batch {run.global_batch} = {run.world_size} processes x {split}
-steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch{duration}
-a step       {args.soar.num_terms} terms of each image; {flops / 1e12:.2f} TFLOP in all
+steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch
+a step       {args.soar.num_terms} terms of each image
 written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB are free
 """, end="", flush=True)
     if free < needed:
@@ -913,9 +909,8 @@ def free_bytes(folder: Path) -> int:
 def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Batch]) -> None:
     """Take the next step. Raises what update raises, and ValueError: an image has changed."""
     began = time.perf_counter()
-    training, soar, device, pipe = args.training, args.soar, run.device, run.pipe
-    sums = zero_sums(device)
-    batches = list(islice(batches, training.gradient_accumulation_steps))
+    soar, sums = args.soar, zero_sums(run.device)
+    batches = list(islice(batches, args.training.gradient_accumulation_steps))
     # The loss is a sum over the global batch / normalizer; DDP takes means of gradients over the
     # ranks, so each rank divides its own part by normalizer / world_size.
     normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in batches)
@@ -923,10 +918,7 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
     normalizer = normalizer.item() / run.world_size
 
     for batch in batches:
-        pixels, noise = to_device(batch.pixels, device), to_device(batch.vae_noise, device)
-        z0 = encode_images(pipe, pixels, noise)
-        cond = encode_prompts(pipe, batch.captions, training.max_sequence_length)
-        draws = Draws(*(x if x is None else to_device(x, device) for x in batch.draws))
+        z0, cond, draws = encode(batch, run, args.training.max_sequence_length)
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is batches[-1])
 
@@ -936,6 +928,16 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
     update(args, run, batches, sums)
     run.step, run.totals = run.step + 1, run.totals + sums
     run.seconds.append(time.perf_counter() - began)
+
+
+def encode(batch: Batch, run: Run, max_sequence_length: int) -> tuple[Tensor, dict, Draws]:
+    """z0, conditioning and draws of a batch, on the device."""
+    device = run.device
+    z0 = encode_images(
+        run.pipe, to_device(batch.pixels, device), to_device(batch.vae_noise, device)
+    )
+    cond = encode_prompts(run.pipe, batch.captions, max_sequence_length)
+    return z0, cond, Draws(*(x if x is None else to_device(x, device) for x in batch.draws))
 
 
 def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
@@ -977,23 +979,45 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
 def validate(args: Args, run: Run, texts: list[str]) -> None:
     """Write an image for each prompt, which the ranks share out, to a folder in output_dir: from
     the noise that sample.py has for a prompt's first image and --seed."""
-    training, soar = args.training, args.soar
+    training = args.training
     folder = args.output_dir / f"validation-{run.step:06d}"
     folder.mkdir(exist_ok=True)
-    uncond = {key: x[:1] for key, x in run.uncond.items()}
+    uncond = encode_prompts(run.pipe, [""], training.max_sequence_length)
     for i in range(run.rank, len(texts), run.world_size):
-        generator = seeded(training.seed, texts[i], 0)
-        noise = torch.randn(1, *run.latent_shape, generator=generator)
+        noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, texts[i], 0))
         cond = encode_prompts(run.pipe, [texts[i]], training.max_sequence_length)
         with (
             torch.autocast(run.device.type, torch.bfloat16, enabled=training.bf16),
             torch.compiler.set_stance("force_eager"),  # no graphs for shapes that come up here only
         ):
             (image,) = sample_images(
-                run.pipe, run.transformer, noise, cond, uncond, soar.num_sampling_steps,
-                soar.guidance_scale,
+                run.pipe, run.transformer, noise, cond, uncond, args.soar.num_sampling_steps,
+                args.soar.guidance_scale,
             )  # fmt: skip
         save_whole(image, folder / f"{i:05d}.png")
+
+
+@torch.no_grad()
+def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float]:
+    """The base term's error on --held_out, at each of SIGMAS and their mean. A pair's noise is a
+    function of (seed, its row), and stays the same."""
+    pairs, training = run.held_out, args.training
+    sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
+    # A rank's rows follow one another, unlike those that it checked: so reading them holds its data
+    # against that of other ranks.
+    own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
+    for part in own.split(training.train_batch_size):
+        keys = [("held out", pairs.rows[i]) for i in part]
+        batch = read_batch(pairs, part, run.latent_shape, args, keys)
+        z0, cond, draws = encode(batch, run, training.max_sequence_length)
+        for k, level in enumerate(SIGMAS):
+            sigma = torch.full_like(draws.t, level)
+            with torch.compiler.set_stance("force_eager"):  # no graph for a last, smaller batch
+                sums[k] += sft_loss(velocity, z0, draws.z1, sigma, cond).sum()
+    dist.all_reduce(sums)
+    errors = (sums / len(pairs)).tolist()
+    line = {f"held_out_{level}": error for level, error in zip(SIGMAS, errors)}
+    return {"step": run.step, "held_out": statistics.mean(errors)} | line
 
 
 def save(args: Args, run: Run) -> None:
@@ -1006,13 +1030,6 @@ def save(args: Args, run: Run) -> None:
     dist.barrier(run.cpu_group)
 
 
-def any_signal(noted: list[int], cpu_group: dist.ProcessGroup) -> int:
-    """The number of a signal that came to a rank, 0 if to none; the same on all ranks."""
-    number = torch.tensor(max(noted, default=0))
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=cpu_group)
-    return int(number)
-
-
 def train(args: Args, stack: contextlib.ExitStack) -> None:
     """A run from its checks to its last checkpoint, or to one that a signal asks for."""
     training, job, steps = args.training, args.job, args.training.max_train_steps
@@ -1020,41 +1037,53 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     texts = [row["prompt"] for row in prompts]
     run = set_up(args)
     velocity = make_velocity(run.ddp, run.device, training.bf16)
-    z = torch.zeros(training.train_batch_size, *run.latent_shape, device=run.device)
-    example = (z, torch.ones(len(z), device=run.device), run.uncond)
-    warm_up(velocity, example, run.optimizer)
-    flops = count_flops(args, velocity, example, run.world_size)
-    least_seconds = flops / gpu_peak(run.device, training.bf16) / run.world_size
+    warm_up(velocity, run, training.train_batch_size)
     if run.rank == 0:
-        report(args, run, flops, least_seconds)
+        report(args, run)
     batches = read_batches(run.pairs, args, run.latent_shape, run.rank, run.global_batch, run.step)
     if job.dry_run:
-        if run.step < steps:
+        for _ in range(min(2, steps - run.step)):  # AdamW's moments are there from the second on
             training_step(args, run, velocity, batches)
-        print(f"memory       {torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "on rank", run.rank)
+        print(
+            f"rank {run.rank}       {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of memory,"
+            f" {sum(run.seconds[-1:]):.2f} s a step"
+        )
         return
     noted = note_signals()
-    log = start_writing(args, run, stack)
+    log = None
+    if run.rank == 0:
+        stack.enter_context(locked(args.output_dir))
+        log = Log(args.output_dir, run.step)
+        stack.callback(log.writer.close)
+    dist.barrier(run.cpu_group)
+    wait_for(args.output_dir / "metrics.jsonl")
     if job.compile:
         compile_blocks(run.transformer)
-    if texts and run.step == 0:
-        validate(args, run, texts)
     bar = tqdm(total=steps, initial=run.step, desc="steps", disable=run.rank > 0)
     stop_signal = 0
 
-    while run.step < steps and not stop_signal:
+    while not stop_signal:
+        last = run.step == steps
+        # Before a step, not after: so a run that was stopped or killed here makes up for it.
+        if last or run.step % job.validation_steps == 0:
+            if texts:
+                validate(args, run, texts)
+            if run.held_out:
+                line = held_out_errors(args, run, velocity)
+                if log:
+                    log.write(line)
+        if last:
+            break
+
         training_step(args, run, velocity, batches)
         bar.update()
-        stop_signal = any_signal(noted, run.cpu_group)
-        if log is not None and run.step % job.logging_steps == 0:
-            line = metrics_line(run, least_seconds)
+        stop_signal = greatest(noted, run.cpu_group)
+        if log and run.step % job.logging_steps == 0:
+            line = metrics_line(run)
             log.write(line)
             bar.set_postfix(loss=line["loss"])
-        last = run.step == steps
-        if stop_signal or last or run.step % job.checkpointing_steps == 0:
+        if stop_signal or run.step == steps or run.step % job.checkpointing_steps == 0:
             save(args, run)
-        if texts and not stop_signal and (last or run.step % job.validation_steps == 0):
-            validate(args, run, texts)
 
     bar.close()
     said = f"complete; to see it: python sample.py --transformer {args.output_dir} ..."
@@ -1064,32 +1093,17 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         print(f"{args.output_dir}: step {run.step} of {steps} is saved; {said}", flush=True)
 
 
-def metrics_line(run: Run, least_seconds: float) -> dict[str, float]:
+def metrics_line(run: Run) -> dict[str, float]:
     """The METRICS since the last line, the seconds of a step, and this GPU's peak of memory since
-    its start; mfu: the share of the GPUs' peak speed that is used. Starts the next sums."""
-    seconds = statistics.mean(run.seconds)
+    its start. Starts the next sums."""
     line = {"step": run.step} | means(run.totals)
-    line |= {"lr": run.optimizer.param_groups[0]["lr"], "step_seconds": seconds}
+    line |= {"lr": run.optimizer.param_groups[0]["lr"]}
+    line |= {"step_seconds": statistics.mean(run.seconds)}
     if run.device.type == "cuda":
         line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if least_seconds:
-        line["mfu"] = least_seconds / seconds
     run.totals.zero_()
     run.seconds.clear()
     return line
-
-
-def start_writing(args: Args, run: Run, stack: contextlib.ExitStack) -> Log | None:
-    """Take output_dir, on rank 0. Raises RuntimeError: another process has it; FileNotFoundError:
-    this node does not see it."""
-    log = None
-    if run.rank == 0:
-        stack.enter_context(locked(args.output_dir))
-        log = Log(args.output_dir, run.step)
-        stack.callback(log.writer.close)
-    dist.barrier(run.cpu_group)
-    wait_for(args.output_dir / "metrics.jsonl")
-    return log
 
 
 def main(args: Args) -> None:
@@ -1103,8 +1117,10 @@ def main(args: Args) -> None:
 
 def parse(words: list[str] | None = None) -> Args:
     """Args from the command line, or from words."""
-    options = {"description": __doc__, "use_underscores": True}
-    return tyro.cli(Args, args=words, config=(tyro.conf.OmitArgPrefixes,), **options)
+    return tyro.cli(
+        Args, args=words, description=__doc__, config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_tables_and_columns_that_do_not_fit_are_refused_by_name(tmp_path, refere
     refused(reference.folder, "caption", "'text'", caption_column="caption")
     refused(reference.folder, "size", "'text'", min={"size": 3})
     refused(reference.folder, "--min text", "no numbers", min={"text": 3})
-    refused(reference.folder, "--image_column", "--caption_column", caption_column="image")
+    refused(reference.folder, "its image is", "expected a text", caption_column="image")
     write_table(pyarrow.table({"image": [3], "text": ["a"]}), tmp_path / "x.parquet")
     refused(tmp_path / "x.parquet", "--image_column", "int64")
     refused(tmp_path / "x.parquet", "png", "'image'", image_column="png")
@@ -197,11 +197,6 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_when_told_so(tmp_path)
     assert "\n  row 13 (6.png)" in check(pairs) and pairs.rows == [0, 14] and pairs.read(1)[1] == "a"
     write_rows(folder, 30 * [good | {"text": ""}])
     assert refused(folder, "30 unusable").count("\n  row ") == 20
-
-
-def test_repeated_rows_are_counted(tmp_path):
-    folder = write_pairs(tmp_path / "x", [0, 1, 2, 0, 0])
-    assert check(read(folder)) == "5 of 5, 0 unusable; 2 are repeated"
 
 
 # --- What is checked is what is trained ---
