@@ -488,7 +488,7 @@ def load_trainable(
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
         for parameter in model.requires_grad_(True).parameters():
-            # Aligned, however it lay in its file: on a CPU the rounding of a batch of 1 depends on it.
+            # Aligned, however it lay in its file: a CPU rounds a batch of 1 by that.
             parameter.data = parameter.data.clone()
         return model.train()
     dtype = torch.bfloat16 if training.bf16 else torch.float32
