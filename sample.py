@@ -361,6 +361,8 @@ def load_lora(model: SD3Transformer2DModel, file: Path) -> None:
     its metadata, else alpha = r.
     Raises ValueError: a tensor has no place in model, is missing or has another shape; OSError."""
     try:
+        if file.is_dir():
+            raise ValueError("it is a folder with all weights; --lora_rank takes a LoRA file")
         with safe_open(file, "pt") as content:
             settings = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {name: content.get_tensor(name) for name in content.keys()}

@@ -14,7 +14,8 @@ place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorbo
 also by quarter of sigma (quarter 1 is the cleanest), and in lines of their own the error on the
 pairs of --held_out, {"step": 500, "held_out": mean, "held_out_0.1": at sigma 0.1, ...};
 validation-NNNNNN/. A checkpoint is whole if it has its name. Every random number is a function of
-(seed, step, sample): the number of GPUs changes only the order of sums.
+the seed and of what it is for, in training of (seed, step, sample): the number of GPUs changes only
+the order of sums.
 """
 
 import contextlib
@@ -132,7 +133,7 @@ class TrainingConfig:
     max_train_steps: int = 5000
     learning_rate: float = 2e-5
     lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+        "constant", "constant_with_warmup", "linear", "cosine", "polynomial"
     ] = "constant"
     """Of diffusers.optimization.get_scheduler; all but constant warm up."""
     lr_warmup_steps: int = 0
@@ -192,8 +193,8 @@ class JobConfig:
     validation_steps: int = 500
     """Steps between validations; there is one before the first step and one after the last."""
     held_out: str | None = None
-    """Pairs to measure on and not to train on, in a form that --dataset takes: at each of these
-    steps the model's error on all of them is a line of metrics."""
+    """Pairs to measure on and not to train on, in a form that --dataset takes, with its columns and
+    --min: at each validation the model's error on all of them is a line of metrics."""
     dry_run: bool = False
     """Check all data, take two steps in memory, say what would run, and stop."""
 
@@ -254,13 +255,14 @@ def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
             rows.append(dict(json.loads(line)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}, line {number}: expected a JSON object: {error}") from None
-    known, columns = {name for row in rows for name in row}, {}
+    known = {name for row in rows for name in row}
+    columns = {}
     for column in (data.image_column, data.caption_column, *data.minima):
         name = "file_name" if column == data.image_column else column
         if name not in known:
             raise ValueError(f"{file} has no column {name}: {known}")
         columns[column] = [row.get(name) for row in rows]
-        if column not in data.minima:  # a row without a text there is listed later, by its number
+        if column not in data.minima:  # one kind of value; Pairs.check lists rows without a text
             columns[column] = [x if isinstance(x, str) else None for x in columns[column]]
     return datasets.Dataset.from_dict(columns)
 
@@ -286,6 +288,7 @@ def decode(content: bytes) -> Image.Image:
         raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode}): convert it to 8")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
+    # A profile is for a mode: convert to that first. A grey image may have an RGB profile.
     if "icc_profile" in image.info:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
@@ -317,8 +320,8 @@ def in_threads(function: Callable, items: Iterator, threads: int, ahead: int) ->
 
 
 class Pairs:
-    """The image-caption pairs of a data set, that of a flag. check() reads every row and keeps a
-    digest of it; read() holds each later read against that: what is checked is what is trained.
+    """The image-caption pairs that --dataset, or another flag, gives. check() reads every row and
+    keeps a digest; read() holds each later read against that: what is checked is what is trained.
     Raises ValueError, FileNotFoundError: it cannot be read, or a column does not fit."""
 
     def __init__(self, data: DataConfig, flag: str = "dataset"):
@@ -354,7 +357,10 @@ class Pairs:
         good = found > 0
         self.rows = [row for row, fine in zip(chosen, good.tolist()) if fine]
         self.digests = found[good].tolist()
-        said = f"{len(self)} of {len(self.table)}, {len(chosen) - len(self)} unusable"
+        said = (
+            f"{len(self)} of {len(self.table)}, {len(set(self.digests))} different,"
+            f" {len(chosen) - len(self)} unusable"
+        )
         for row in sorted(set(chosen) - set(self.rows))[:20]:  # read again, for the words
             said += f"\n  {self.inspect(row)[1] or f'row {row}: another rank cannot read it'}"
         if len(self) < len(chosen) and data.on_bad_row == "stop":
@@ -488,18 +494,14 @@ def load_trainable(
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
         for parameter in model.requires_grad_(True).parameters():
-            # Aligned, however it lay in its file: a CPU rounds a batch of 1 by that.
+            # A copy is aligned in memory; a tensor out of a file may not be, which on a CPU changes
+            # the last bits of a batch of 1, so that a resumed run would differ.
             parameter.data = parameter.data.clone()
         return model.train()
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = load_transformer(name_or_path, None, dtype, torch.device("cpu"))
     if weights is None:
         add_lora(model, training.lora_rank, training.seed)
-    elif weights.is_dir():
-        raise ValueError(
-            f"--transformer is {weights}, but with --lora_rank only matrices are saved: give a LoRA"
-            " file, or a pipeline with that transformer"
-        )
     else:
         load_lora(model, weights)
         scales = {x.scaling["default"] for x in model.modules() if hasattr(x, "scaling")}
@@ -732,9 +734,9 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: metrics.jsonl, cut off after step done and before its
-    held-out line, which is written again, and TensorBoard's files. Deletes unfinished checkpoints:
-    for the holder of output_dir's lock."""
+    """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl, of which lines
+    after step done go, and the held-out line of step done, which the loop measures again before its
+    next step. Deletes unfinished checkpoints: for the holder of output_dir's lock."""
 
     def __init__(self, output_dir: Path, done: int):
         for path in output_dir.glob(".checkpoint-*"):
@@ -784,7 +786,7 @@ class Run:
     global_batch: int
     settings: dict
     step: int  # steps done
-    totals: Tensor  # as zero_sums: since the last line of metrics; rank 0 uses them
+    totals: Tensor  # as zero_sums: since the last line of metrics
     pipe: StableDiffusion3Pipeline  # without its transformer
     transformer: SD3Transformer2DModel
     ddp: DistributedDataParallel
@@ -801,6 +803,7 @@ def set_up(args: Args) -> Run:
     base, training = args.pretrained_model_name_or_path, args.training
     weights, _ = find_weights(args.transformer)
     check_fit(args.transformer, weights, base)
+    # Before the ranks wait for one another: a wrong flag fails at once.
     pairs, held_out = Pairs(args.data), None
     if args.job.held_out:
         held_out = Pairs(dataclasses.replace(args.data, dataset=args.job.held_out), "held_out")
@@ -811,19 +814,21 @@ def set_up(args: Args) -> Run:
     values = vars(args.data) | vars(args.training) | vars(args.job) | settings
     check_ranks_agree(values | {"output_dir": args.output_dir}, cpu_group)
     checkpoint = newest_checkpoint(args.output_dir, cpu_group)
-    # The same dict of settings, so that a fresh start equals itself.
-    state = {"step": 0, "sums": zero_sums(device).tolist(), "settings": settings}
+    state = {"step": 0, "sums": zero_sums(device).tolist()}
+    was = settings  # of a fresh start: this very dict, which always equals itself
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-    # First without the data, whose digest is taken from the checkpoint here: reading takes a while.
-    check_same(state["settings"], state["settings"] | settings, args.output_dir)
-    found = pairs.check(cpu_group, global_batch)
-    settings["data"] = int_digest(json.dumps(pairs.digests).encode())
-    check_same(state["settings"], settings, args.output_dir)
-    if held_out is not None:
-        found += f"\nheld out     {held_out.check(cpu_group, world_size)}"
+        was = state["settings"]
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
+    # All but the data, as if it were what it was: to read it takes a while.
+    check_same(was, was | settings, args.output_dir)
+    found = pairs.check(cpu_group, global_batch)
+    settings["data"] = int_digest(json.dumps(pairs.digests).encode())
+    check_same(was, settings, args.output_dir)
+    if held_out is not None:
+        # Each rank needs one to measure. The line is printed by report, below that of the pairs.
+        found += f"\nheld out     {held_out.check(cpu_group, world_size)}"
 
     pipe = load_frozen(args, device)
     transformer = load_trainable(base, weights, training, device)
@@ -859,12 +864,12 @@ def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
 
 
 def warm_up(velocity: Velocity, run: Run, batch_size: int) -> None:
-    """DDP settles its buckets in its second backward. So run two, of gradients 0: from the first
-    step on, gradients are views of the final buckets, and sums come in one order."""
+    """DDP rebuilds its buckets once, after its first backward. Have that behind us: else the first
+    step after each start, and so a resumed run, would add gradients in another order."""
     z = torch.zeros(batch_size, *run.latent_shape, device=run.device)
     sigma = torch.ones(batch_size, device=run.device)
     for _ in range(2):
-        (0 * velocity(z, sigma, run.uncond).sum()).backward()
+        velocity(z, sigma, run.uncond).sum().backward()
         run.optimizer.zero_grad(set_to_none=False)
 
 
@@ -883,10 +888,9 @@ def report(args: Args, run: Run) -> None:
     print(f"""model        {args.pretrained_model_name_or_path}, transformer {args.transformer}
 trained      {size / 1e6:,.1f} M parameters
 pairs        {run.found}
-captions     {cut} of {len(captions)} are cut at {length} tokens
+captions     {cut} of {len(captions)} are cut at {length} tokens; {len(set(captions))} are different
 global batch {run.global_batch} = {run.world_size} processes x {split}
 steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch
-a step       {args.soar.num_terms} terms of each image
 written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB are free
 """, end="", flush=True)
     if free < needed:
@@ -910,22 +914,22 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
     """Take the next step. Raises what update raises, and ValueError: an image has changed."""
     began = time.perf_counter()
     soar, sums = args.soar, zero_sums(run.device)
-    batches = list(islice(batches, args.training.gradient_accumulation_steps))
+    micros = list(islice(batches, args.training.gradient_accumulation_steps))
     # The loss is a sum over the global batch / normalizer; DDP takes means of gradients over the
     # ranks, so each rank divides its own part by normalizer / world_size.
-    normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in batches)
+    normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in micros)
     dist.all_reduce(normalizer, group=run.cpu_group)
     normalizer = normalizer.item() / run.world_size
 
-    for batch in batches:
+    for batch in micros:
         z0, cond, draws = encode(batch, run, args.training.max_sequence_length)
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
-        backward(terms, soar.num_terms, run.ddp, sums, last=batch is batches[-1])
+        backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
     # A rank's losses are world_size times its part, see above: their mean over ranks is the loss.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
-    update(args, run, batches, sums)
+    update(args, run, micros, sums)
     run.step, run.totals = run.step + 1, run.totals + sums
     run.seconds.append(time.perf_counter() - began)
 
@@ -940,7 +944,7 @@ def encode(batch: Batch, run: Run, max_sequence_length: int) -> tuple[Tensor, di
     return z0, cond, Draws(*(x if x is None else to_device(x, device) for x in batch.draws))
 
 
-def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
+def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
     """Clip the gradients and move the weights. Raises FloatingPointError: the loss or the gradient
     is not finite; no weight was changed."""
     training, step = args.training, run.step + 1
@@ -949,11 +953,11 @@ def update(args: Args, run: Run, batches: list[Batch], sums: Tensor) -> None:
     # DDP has averaged the gradients, so all ranks have the same norm: it is not reduced.
     sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
     if not sums.isfinite().all():  # the host waits here for the device, once a step
-        batch = step_indices(len(run.pairs), run.global_batch, training.seed, step)
-        sigma = sigma_from_t(torch.cat([batch.draws.t for batch in batches]), args.soar.shift)
+        indices = step_indices(len(run.pairs), run.global_batch, training.seed, step)
+        sigma = sigma_from_t(torch.cat([batch.draws.t for batch in micros]), args.soar.shift)
         raise FloatingPointError(
             f"loss or gradient of step {step} is not finite; no weight was changed by it. Its rows"
-            f" of --dataset: {[run.pairs.rows[i] for i in batch]}; its sigma on rank {run.rank}:"
+            f" of --dataset: {[run.pairs.rows[i] for i in indices]}; its sigma on rank {run.rank}:"
             f" {sigma.min():.4f} to {sigma.max():.4f}"
         )
     run.optimizer.param_groups[0]["lr"] = training.learning_rate * run.lr_factor(step)
@@ -1003,8 +1007,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # A rank's rows follow one another, unlike those that it checked: so reading them holds its data
-    # against that of other ranks.
+    # Shares in one piece; those of check() were strided. So most rows read here were digested by
+    # another rank, and reading fails where two nodes have different data.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         keys = [("held out", pairs.rows[i]) for i in part]
@@ -1031,11 +1035,14 @@ def save(args: Args, run: Run) -> None:
 
 
 def train(args: Args, stack: contextlib.ExitStack) -> None:
-    """A run from its checks to its last checkpoint, or to one that a signal asks for."""
+    """A run from its checks to its last checkpoint, or to one that a signal asks for. stack closes
+    the log and the lock, also after an error."""
     training, job, steps = args.training, args.job, args.training.max_train_steps
     prompts = read_prompts(job.validation_prompts) if job.validation_prompts else []
     texts = [row["prompt"] for row in prompts]
     run = set_up(args)
+    if job.compile:
+        compile_blocks(run.transformer)
     velocity = make_velocity(run.ddp, run.device, training.bf16)
     warm_up(velocity, run, training.train_batch_size)
     if run.rank == 0:
@@ -1044,10 +1051,10 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     if job.dry_run:
         for _ in range(min(2, steps - run.step)):  # AdamW's moments are there from the second on
             training_step(args, run, velocity, batches)
-        print(
-            f"rank {run.rank}       {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of memory,"
-            f" {sum(run.seconds[-1:]):.2f} s a step"
-        )
+            print(
+                f"rank {run.rank}       {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of memory;"
+                f" {steps * run.seconds[-1] / 3600:.2f} hours for {steps} such steps"
+            )
         return
     noted = note_signals()
     log = None
@@ -1057,14 +1064,13 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         stack.callback(log.writer.close)
     dist.barrier(run.cpu_group)
     wait_for(args.output_dir / "metrics.jsonl")
-    if job.compile:
-        compile_blocks(run.transformer)
     bar = tqdm(total=steps, initial=run.step, desc="steps", disable=run.rank > 0)
     stop_signal = 0
 
     while not stop_signal:
         last = run.step == steps
-        # Before a step, not after: so a run that was stopped or killed here makes up for it.
+        # Before the next step, not at the end of one: a run that was killed while it validates, or
+        # was stopped before, goes on from this step and validates then.
         if last or run.step % job.validation_steps == 0:
             if texts:
                 validate(args, run, texts)
@@ -1078,9 +1084,10 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
         training_step(args, run, velocity, batches)
         bar.update()
         stop_signal = greatest(noted, run.cpu_group)
-        if log and run.step % job.logging_steps == 0:
+        if run.step % job.logging_steps == 0:
             line = metrics_line(run)
-            log.write(line)
+            if log:
+                log.write(line)
             bar.set_postfix(loss=line["loss"])
         if stop_signal or run.step == steps or run.step % job.checkpointing_steps == 0:
             save(args, run)

@@ -411,3 +411,8 @@ def test_profile_of_other_channels_is_refused(image, options):
     image.save(buffer, "TIFF", **options)
     with pytest.raises((ValueError, ImageCms.PyCMSError)):
         train.decode(buffer.getvalue())
+
+
+def test_different_rows_are_counted(tmp_path):
+    folder = write_pairs(tmp_path / "x", [0, 1, 2, 0, 0])
+    assert check(read(folder)) == "5 of 5, 3 different, 0 unusable"
