@@ -1,6 +1,7 @@
-"""soar_terms under DistributedDataParallel: as train.py runs it, and as the recipes do."""
+"""The recipes under DistributedDataParallel, on two ranks, and over micro-batches."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -11,36 +12,14 @@ from torch.testing import assert_close
 
 import soar
 from experiments.port.run_recipes import HERE, blocks
-from test_soar import Case, part_of
+from experiments.tests.common import fork
 
-SHAPE = (4, 3, 2)
-CONFIG = soar.SoarConfig(num_rollout_paths=2, num_aux_points=2, num_sampling_steps=2)
-SEED = 7
 BATCH = 4
 PAGE = blocks((HERE / "recipes.md").read_text())
 
 
 def gradients(model):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def own_schedule(rank):
-    """A part of the batch: every term but the last under no_sync, the last one adds up the ranks'."""
-    case = Case(SHAPE, CONFIG, SEED)
-    case.model.null.requires_grad_(False)  # no gradient reaches it: DDP would wait for one
-    ddp = DistributedDataParallel(case.model)
-    part = part_of(case, slice(0, 1) if rank == 0 else slice(1, None))  # unequal
-    normalizer = soar.loss_normalizer(part.draws.t.double(), CONFIG)  # as its docstring has it
-    torch.distributed.all_reduce(normalizer)
-    terms = part.terms(ddp, normalizer=normalizer / 2)
-    for _ in range(CONFIG.num_rollout_paths * CONFIG.num_aux_points):
-        with ddp.no_sync():
-            next(terms).loss.backward()
-    local = gradients(case.model)
-    next(terms).loss.backward()
-    both = gradients(case.model)
-    assert not any(torch.equal(a, b) for a, b in zip(local, both))
-    return both
 
 
 def randn(seed, *shape):
@@ -83,7 +62,8 @@ def recipe(form, model, rows, **options):
                 exec(block, names)
             return
         exec((HERE / "recipes" / "streamed.py").read_text(), names)
-        velocity, uncond = (lambda z, s, cond: model(z, 1000 * s, cond)), empty.expand(len(z0), -1, -1)
+        velocity = lambda z, sigma, cond: model(z, 1000 * sigma, cond)  # noqa: E731
+        uncond = empty.expand(len(z0), -1, -1)
         call, text = (velocity, z0), (cond, uncond, soar.SoarConfig())
         if form == "no_sync":
             draws = soar.with_levels(draws, levels, soar.SoarConfig())
@@ -101,11 +81,10 @@ FORMS = ("terms", "hook", "sum", "no_sync")
 ALL_REDUCES = {"terms": 7, "hook": 7, "sum": 1, "no_sync": 1}  # the model is one bucket
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    made = {"own": own_schedule(rank)}
+def run_rank(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    made = {}
     for form in FORMS:
         net, reduced = Net(), []
         ddp = DistributedDataParallel(net)
@@ -119,14 +98,16 @@ def run_rank(rank, folder):
         assert len(reduced) == ALL_REDUCES[form], (form, len(reduced))
         made[form] = gradients(net)
     tensors = {f"{name} {i}": x for name, found in made.items() for i, x in enumerate(found)}
-    save_file(tensors, f"{folder}/{rank}.safetensors")
+    save_file(tensors, folder / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    for i, rank in enumerate(fork(2, lambda: run_rank(folder), folder / "log")):
+        rank.join(100)
+        assert rank.exitcode == 0, (folder / f"log.{i}").read_text()
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 
@@ -134,34 +115,21 @@ def of(saved, name):
     return [saved[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in saved))]
 
 
-def test_two_ranks_under_one_no_sync_schedule_get_the_single_process_gradients(ranks):
-    case = Case(SHAPE, CONFIG, SEED)
-    expected = [x for x in case.gradients(case.loss()) if x is not None]
-    for saved in ranks:
-        assert_close(of(saved, "own"), expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("form", FORMS)
-def test_recipes_under_ddp_get_the_single_process_gradients(form, ranks):
-    net = Net()
-    recipe(form, net, slice(0, BATCH))
-    expected = gradients(net)
+def test_recipes_under_ddp_get_the_single_process_gradients_of_the_sum(form, ranks):
+    whole, halves = Net(), Net()
+    recipe("sum", whole, slice(0, BATCH))
+    expected = gradients(whole)
     assert len(expected) == 2 and all(x.any() for x in expected)
     for saved in ranks:
         assert_close(of(saved, form), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_two_equal_micro_batches_get_the_sums_gradients_of_the_whole_batch(form):
-    whole, halves = Net(), Net()
-    recipe("sum", whole, slice(0, BATCH))
-    recipe(form, halves, slice(0, 2))
-    recipe(form, halves, slice(2, BATCH))
-    assert_close([x / 2 for x in gradients(halves)], gradients(whole), rtol=1e-4, atol=1e-6)
+    for rows in (slice(0, 2), slice(2, BATCH)):  # accumulated by one process
+        recipe(form, halves, rows)
+    assert_close([x / 2 for x in gradients(halves)], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["hook", "sum"])
-def test_unequal_micro_batches_do_so_with_a_normalizer(form):
+def test_unequal_micro_batches_get_the_gradients_of_the_whole_with_a_normalizer(form):
     whole, parts, without = Net(), Net(), Net()
     recipe("sum", whole, slice(0, BATCH))
     config = soar.SoarConfig()

@@ -1,0 +1,338 @@
+"""What sample.py draws: from which noise, in which files, by how many processes, killed or not."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+
+import sample
+from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH
+from experiments.tests.common import finish, fork, start
+from experiments.tests.top.sampling import (
+    BASE,
+    FIRST,
+    ONE,
+    SAMPLE,
+    contents,
+    pixels,
+    refused,
+    run,
+    write_prompts,
+)
+
+LINES = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three prompts, two images each, with batches of 1 and of 4, by one process and by two."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "prompts.jsonl").write_text("\n".join(LINES[:3]))
+    flags = SAMPLE | {"prompts": folder / "prompts.jsonl"}
+    run(folder / "1x1", batch_size=1, **flags)
+    run(folder / "1x4", batch_size=4, **flags)
+    ranks = fork(2, lambda: run(folder / "2x4", batch_size=4, **flags), folder / "log")
+    for i, rank in enumerate(ranks):
+        rank.join(100)
+        assert rank.exitcode == 0, (folder / f"log.{i}").read_text()
+    return folder
+
+
+@pytest.fixture
+def noise_drawn(monkeypatch) -> list[torch.Tensor]:
+    """The noise of each batch that this test draws."""
+    seen, original = [], sample.sample_images
+    monkeypatch.setattr(sample, "sample_images", lambda *x: seen.append(x[2]) or original(*x))
+    return seen
+
+
+# --- Determinism ----------------------------------------------------------------------------------
+
+
+def test_files_are_those_of_any_number_of_processes_and_nearly_of_any_batch_size(images):
+    assert contents(images / "2x4") == contents(images / "1x4")
+    names = {name for name in contents(images / "1x4") if name.endswith(".png")}
+    others = {name for name in contents(images / "1x1") if name.endswith(".png")}
+    assert len(names) == 9 and names == others
+    for name in names:
+        difference = pixels(images / "1x4" / name) - pixels(images / "1x1" / name)
+        assert np.abs(difference).max() <= 1
+
+
+def test_noise_is_a_function_of_seed_prompt_and_the_images_of_that_prompt_before(
+    tmp_path, noise_drawn
+):
+    texts = ["a circle", "a square", "a circle"]
+    flags = write_prompts(tmp_path / "p.txt", texts) | {"num_images_per_prompt": 3}
+    run(tmp_path / "a", batch_size=5, **flags)
+    run(tmp_path / "b", batch_size=2, **flags)
+    assert [len(z1) for z1 in noise_drawn] == [5, 4, 2, 2, 2, 2, 1]
+    keys = [(3, "a circle", n) for n in range(3)] + [(3, "a square", n) for n in range(3)]
+    keys += [(3, "a circle", n) for n in range(3, 6)]
+    expected = torch.stack([torch.randn(16, 8, 8, generator=sample.seeded(*x)) for x in keys])
+    for z1 in (noise_drawn[:2], noise_drawn[2:]):
+        assert torch.equal(torch.cat(z1), expected)
+    assert len({x.numpy().tobytes() for x in expected}) == 9
+
+
+def test_rank_of_other_settings_than_rank_0_ends(tmp_path):
+    def act() -> None:
+        run(tmp_path / "out", **ONE | {"seed": 3 + int(os.environ["RANK"])})
+
+    ranks = fork(2, act, tmp_path / "log")
+    ranks[1].join(60)
+    ranks[0].kill()  # as torchrun does
+    ranks[0].join()
+    assert ranks[1].exitcode == 1
+    assert "seed: was 3, now 4" in (tmp_path / "log.1").read_text()
+
+
+def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(LINES[:14]) + "\n")
+    flags = SAMPLE | {"prompts": tmp_path / "prompts.jsonl", "num_images_per_prompt": 1}
+    flags |= {"batch_size": 2, "num_inference_steps": 8}
+    reference, killed = run(tmp_path / "reference", **flags), tmp_path / "killed"
+    ranks = fork(3, lambda: run(killed, **flags), tmp_path / "log")
+    while not list(killed.glob("*/samples/*.png")):
+        assert all(rank.is_alive() for rank in ranks), (tmp_path / "log.0").read_text()
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert 1 <= len(list(killed.glob("*/samples/*.png"))) < 14
+    assert not (killed / "samples.jsonl").exists()
+    ranks = fork(3, lambda: run(killed, **flags), tmp_path / "log")
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert len(contents(killed)) == 14 * 3 + 2 and contents(killed) == contents(reference)
+    assert not list(killed.rglob("*.tmp"))
+
+
+def test_batch_that_is_partly_there_is_drawn_whole_and_only_what_is_missing_is_written(
+    images, tmp_path, noise_drawn
+):
+    folder = tmp_path / "run"
+    shutil.copytree(images / "1x4", folder)
+    for name in ("00002/samples/00000.png", "00002/grid.png", "samples.jsonl"):
+        (folder / name).unlink()
+    beside = ("Thumbs.db", "._0.png", ".ipynb_checkpoints/00000-checkpoint.png", ".00000.png.tmp")
+    others = [folder / "00002/samples" / name for name in beside]  # of file browsers, of a run
+    others[2].parent.mkdir()
+    for path in others:
+        path.write_bytes(b"half an im")
+    kept = folder / "00002/samples/00001.png"
+    before = kept.stat().st_mtime_ns
+    for _ in range(2):  # the second run finds all
+        run(folder, **SAMPLE, batch_size=4, prompts=images / "prompts.jsonl")
+        assert [len(x) for x in noise_drawn] == [2]  # of six images the last two are a batch
+        assert kept.stat().st_mtime_ns == before
+        assert [path.exists() for path in others] == [True, True, True, False]
+    others[0].unlink()
+    assert contents(folder) == contents(images / "1x4")
+
+
+def test_second_run_in_a_folder_is_refused_and_an_interrupt_leaves_whole_files(tmp_path):
+    flags = write_prompts(tmp_path / "p.txt", ["a photo of a circle"] * 40)
+    flags |= {"num_images_per_prompt": 2, "num_inference_steps": 20}
+    out, words = tmp_path / "out", {key: x for key, x in flags.items() if x is not None}
+    with sample.locked(out):
+        pass  # a holder before, who is not named
+    process = start(1, "sample.py", output_dir=out, **words)
+    while not list(out.glob("*/samples/*.png")):
+        assert process.poll() is None, finish(process).stderr[-3000:]
+        time.sleep(0.01)
+    message = refused(RuntimeError, out, **flags)
+    assert re.findall(r"process (\d+)", message) == [str(process.pid)]
+    assert str(out) in message and socket.gethostname() in message
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130 and "Traceback" not in done.stderr + done.stdout
+    assert "the same command" in done.stdout.strip().splitlines()[-1]
+    found = list(out.glob("*/samples/*"))
+    assert 0 < len(found) < 80 and not list(tmp_path.rglob("*.tmp"))
+    assert all(Image.open(path).convert("RGB").size == (64, 64) for path in found)
+    bars = re.split(r"[\r\n]+", done.stderr.strip())
+    assert all(re.match(r"out: +\d+%", bar) for bar in bars)  # no library's warning among them
+    with sample.locked(out):
+        pass  # the lock has ended with its process
+
+
+# --- Output ---------------------------------------------------------------------------------------
+
+
+def test_genevals_folder_walk_finds_every_image_and_its_metadata(images):
+    lines = [json.loads(line) for line in (images / "prompts.jsonl").read_text().splitlines()]
+    found = {}
+    for name in os.listdir(images / "2x4"):
+        folder = images / "2x4" / name
+        if folder.is_dir() and name.isdigit():
+            assert json.loads((folder / "metadata.jsonl").read_text()) == lines[int(name)]
+            for image in sorted(os.listdir(folder / "samples")):
+                assert re.match(r"\d+\.png", image)
+                found[int(name), image] = pixels(folder / "samples" / image)
+            tiles = [x for (i, _), x in found.items() if i == int(name)]
+            assert (pixels(folder / "grid.png") == np.concatenate(tiles, axis=1)).all()
+    assert sorted(found) == [(i, f"0000{j}.png") for i in range(3) for j in range(2)]
+    assert len({x.tobytes() for x in found.values()}) == 6
+
+
+def test_samples_list_names_every_image_with_its_prompt_indices_and_seed(images):
+    expected = []
+    for i, line in enumerate((images / "prompts.jsonl").read_text().splitlines()):
+        for j in range(2):
+            row = {"file": f"0000{i}/samples/0000{j}.png", "prompt": json.loads(line)["prompt"]}
+            row |= {"prompt_index": i, "image_index": j, "seed": 3, "noise_index": j}
+            expected.append(row)
+    lines = (images / "2x4/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
+
+
+def test_bar_is_rank_0s_and_the_end_says_what_was_drawn(images):
+    said = (images / "log.0").read_text()
+    assert "0 of 3 prompts are cut at 12 tokens\n" in said and " 1/1 " in said  # of two batches
+    assert re.search(r"^6 images in .*2x4$", said, re.M)
+    assert "/" not in (images / "log.1").read_text()
+
+
+def test_image_that_is_missing_at_the_end_is_an_error_and_no_list_is_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sample, "draw_images", lambda *_: None)
+    assert FIRST in refused(FileNotFoundError, tmp_path / "a", **ONE)
+    assert not (tmp_path / "a/samples.jsonl").exists()
+
+
+# --- What an image is -----------------------------------------------------------------------------
+
+
+def test_several_transformers_get_a_folder_each_and_are_compared_from_the_same_noise(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(trained)
+    flags = write_prompts(tmp_path / "p.txt", [f"a photo of {n} circles" for n in range(18)])
+    flags |= {"batch_size": 18, "num_inference_steps": 1}
+    given = ("base", "run", "./run/checkpoint-000007/transformer", f"lora/{sample.LORA}")
+    run(tmp_path / "out", transformer=given, **flags)
+    names = ["base", "run", "run-checkpoint-000007-transformer", f"lora-{sample.LORA}"]
+    assert {path.name for path in sample.visible(tmp_path / "out")} == {*names, "compare.png"}
+    drawn = {}
+    for name in names:
+        files = contents(tmp_path / "out" / name)
+        drawn[name] = {name: x for name, x in files.items() if name.endswith(".png")}
+    base, newest, folder, lora = drawn.values()
+    assert newest == folder
+    for a, b in ((base, newest), (base, lora), (newest, lora)):
+        assert len(a) == 36 and not set(a.values()) & set(b.values())
+    sheet = Image.open(tmp_path / "out/compare.png")
+    assert sheet.size == (4 * 64, 9 * 64)  # 18 prompts are more than 16, so every second one
+    for row, column in ((0, 0), (8, 1), (3, 3)):
+        tile = sheet.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
+        path = tmp_path / "out" / names[column] / f"{2 * row:05d}/samples/00000.png"
+        assert (np.asarray(tile) == pixels(path)).all()
+    flags |= {"transformer": ("run", "lora"), "seed": 5}
+    message = refused(ValueError, tmp_path / "out", **flags)
+    assert str(tmp_path / "out/run") in message and "seed: was 3, now 5" in message
+
+
+def test_diffusers_with_a_saved_transformer_or_lora_draws_the_same_image(trained, tmp_path):
+    options = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 4.5}
+    options |= {"max_sequence_length": MAX_SEQUENCE_LENGTH, "prompt": "a blue square"}
+    flags = ONE | options
+    options["latents"] = torch.randn(1, 16, 8, 8, generator=sample.seeded(3, "a blue square", 0))
+    model = SD3Transformer2DModel.from_pretrained(trained / "run/checkpoint-000007/transformer")
+    checkpoint = StableDiffusion3Pipeline.from_pretrained(BASE, transformer=model)
+    lora = StableDiffusion3Pipeline.from_pretrained(BASE)
+    lora.load_lora_weights(trained / "lora")
+    base = StableDiffusion3Pipeline.from_pretrained(BASE)
+    pipes = {"base": base, str(trained / "run"): checkpoint, str(trained / "lora"): lora}
+    shown = []
+    for number, (given, pipe) in enumerate(pipes.items()):
+        theirs = np.asarray(pipe(**options).images[0]).astype(int)
+        shown.append(pixels(run(tmp_path / str(number), transformer=(given,), **flags) / FIRST))
+        assert np.abs(theirs - shown[-1]).max() <= 1
+    assert np.abs(shown[0] - shown[1]).max() > 8 and np.abs(shown[0] - shown[2]).max() > 8
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+def test_prompts_are_encoded_once_in_batches_and_the_branches_share_a_forward(
+    tmp_path, monkeypatch
+):
+    encoded, forwards = [], []
+    encode, forward = sample.encode_prompts, SD3Transformer2DModel.forward
+
+    def encoding(pipe, texts, length):
+        encoded.append(texts)
+        return encode(pipe, texts, length)
+
+    def counting(self, hidden_states, *args, **kwargs):
+        forwards.append((len(hidden_states), hidden_states.dtype))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "encode_prompts", encoding)
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", counting)
+    texts = [f"a photo of {n} circles" for n in range(18)]
+    flags = write_prompts(tmp_path / "p.txt", texts + texts[:2])
+    flags |= {"batch_size": 10, "num_inference_steps": 1}
+    run(tmp_path / "a", **flags)
+    assert [len(part) for part in encoded] == [16, 3]
+    assert sorted(sum(encoded, [])) == sorted(["", *texts])
+    run(tmp_path / "b", **flags | {"mixed_precision": "bf16", "guidance_scale": 1.0})
+    assert forwards == [(20, torch.float32)] * 2 + [(10, torch.bfloat16)] * 2
+
+
+def test_text_encoders_are_freed_before_the_transformer_is_loaded(tmp_path, monkeypatch):
+    encoders, freed = [], []
+    load_pipeline, load_transformer = sample.load_pipeline, sample.load_transformer
+
+    def loading(*args):
+        pipe = load_pipeline(*args)
+        parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+        encoders.extend(weakref.ref(part) for part in parts)
+        return pipe
+
+    def loading_transformer(*args):
+        freed.append([part() is None for part in encoders])
+        return load_transformer(*args)
+
+    monkeypatch.setattr(sample, "load_pipeline", loading)
+    monkeypatch.setattr(sample, "load_transformer", loading_transformer)
+    run(tmp_path / "a", **ONE)
+    assert freed == [[True] * 3]
+
+
+def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeypatch):
+    calls, original = [], SD3Transformer2DModel.compile
+
+    def spy(self, **kwargs):
+        calls.append(kwargs)
+        original(self, backend="aot_eager", **kwargs)  # the default builds kernels for 40 s
+
+    monkeypatch.setattr(SD3Transformer2DModel, "compile", spy)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    config = SD3Transformer2DModel.load_config(BASE / "transformer")
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel.from_config(config | {"num_layers": 1})
+    model.save_pretrained(tmp_path / "one-layer")
+    flags = ONE | {"transformer": (str(tmp_path / "one-layer"),)}
+    eager = run(tmp_path / "a", **flags)
+    assert not calls
+    torch._dynamo.utils.counters.clear()
+    compiled = run(tmp_path / "b", compile=True, **flags)
+    # No graphs of another transformer, and one size at a time: a kernel for any size would depend
+    # on the batches that came before.
+    assert calls == ["reset", {"dynamic": False}]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert np.abs(pixels(eager / FIRST) - pixels(compiled / FIRST)).max() <= 1
