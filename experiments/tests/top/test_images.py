@@ -171,31 +171,22 @@ def test_second_run_in_a_folder_is_refused_and_an_interrupt_leaves_whole_files(t
 # --- Output ---------------------------------------------------------------------------------------
 
 
-def test_genevals_folder_walk_finds_every_image_and_its_metadata(images):
+def test_genevals_folder_walk_and_the_list_of_samples_find_every_image(images):
     lines = [json.loads(line) for line in (images / "prompts.jsonl").read_text().splitlines()]
-    found = {}
-    for name in os.listdir(images / "2x4"):
+    found, listed = [], []
+    for i, name in enumerate(sorted(filter(str.isdigit, os.listdir(images / "2x4")))):
         folder = images / "2x4" / name
-        if folder.is_dir() and name.isdigit():
-            assert json.loads((folder / "metadata.jsonl").read_text()) == lines[int(name)]
-            for image in sorted(os.listdir(folder / "samples")):
-                assert re.match(r"\d+\.png", image)
-                found[int(name), image] = pixels(folder / "samples" / image)
-            tiles = [x for (i, _), x in found.items() if i == int(name)]
-            assert (pixels(folder / "grid.png") == np.concatenate(tiles, axis=1)).all()
-    assert sorted(found) == [(i, f"0000{j}.png") for i in range(3) for j in range(2)]
-    assert len({x.tobytes() for x in found.values()}) == 6
-
-
-def test_samples_list_names_every_image_with_its_prompt_indices_and_seed(images):
-    expected = []
-    for i, line in enumerate((images / "prompts.jsonl").read_text().splitlines()):
-        for j in range(2):
-            row = {"file": f"0000{i}/samples/0000{j}.png", "prompt": json.loads(line)["prompt"]}
+        assert json.loads((folder / "metadata.jsonl").read_text()) == lines[i]
+        for j, image in enumerate(sorted(os.listdir(folder / "samples"))):
+            found.append(pixels(folder / "samples" / image))
+            row = {"file": f"{i:05d}/samples/{j:05d}.png", "prompt": lines[i]["prompt"]}
             row |= {"prompt_index": i, "image_index": j, "seed": 3, "noise_index": j}
-            expected.append(row)
-    lines = (images / "2x4/samples.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == expected
+            listed.append(row)
+        assert (pixels(folder / "grid.png") == np.concatenate(found[-2:], axis=1)).all()
+    text = (images / "2x4/samples.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == listed
+    assert len(lines) == 3 and len({x.tobytes() for x in found}) == len(listed) == 6
+    assert all((images / "2x4" / row["file"]).is_file() for row in listed)
 
 
 def test_bar_is_rank_0s_and_the_end_says_what_was_drawn(images):
