@@ -30,14 +30,14 @@ from experiments.tests.top.sampling import (
     write_prompts,
 )
 
-LINES = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
+LINES = (DATA / "prompts.jsonl").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Three prompts, two images each, with batches of 1 and of 4, by one process and by two."""
     folder = tmp_path_factory.mktemp("images")
-    (folder / "prompts.jsonl").write_text("\n".join(LINES[:3]))
+    (folder / "prompts.jsonl").write_text("\n".join(LINES[::200][:3]))
     flags = SAMPLE | {"prompts": folder / "prompts.jsonl"}
     run(folder / "1x1", batch_size=1, **flags)
     run(folder / "1x4", batch_size=4, **flags)
@@ -98,7 +98,7 @@ def test_rank_of_other_settings_than_rank_0_ends(tmp_path):
 
 
 def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
-    (tmp_path / "prompts.jsonl").write_text("\n".join(LINES[:14]) + "\n")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(LINES[::40][:14]) + "\n")
     flags = SAMPLE | {"prompts": tmp_path / "prompts.jsonl", "num_images_per_prompt": 1}
     flags |= {"batch_size": 2, "num_inference_steps": 8}
     reference, killed = run(tmp_path / "reference", **flags), tmp_path / "killed"
