@@ -23,6 +23,7 @@ from experiments.tests.common import fork, train_args
 
 WHITE = (255, 255, 255)
 NAMES = [5, 2, 7, 0, 1, 6, 3, 4]  # of images by row: a table's order is its own
+TEXTS = [f"picture {i}" for i in NAMES]
 
 
 def read(dataset: Path | str, **flags) -> train.Pairs:
@@ -81,7 +82,7 @@ def reference(tmp_path_factory) -> train.Pairs:
 
 
 def test_folder_gives_its_pairs_in_the_order_of_its_table(reference):
-    assert reference.captions() == [f"picture {i}" for i in NAMES] and len(reference) == 8
+    assert reference.captions() == TEXTS and len(reference) == 8
     pixels, caption = reference.read(1)
     middle = noise_image(2).resize((64, 64), Image.Resampling.LANCZOS, box=(0, 16, 40, 56))
     expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
@@ -95,7 +96,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path, reference, kind):
     content = [(place / name).read_bytes() for name in names]
     both = [{"bytes": x, "path": "nowhere.png"} for x in content]
     cells = {"bytes": content, "folder": content, "bytes and path": both, "name": names}
-    columns = {"image": cells[kind], "text": [f"picture {i}" for i in NAMES]}
+    columns = {"image": cells[kind], "text": TEXTS}
     table = datasets.Dataset.from_dict(columns)
     file = place / "test-0.parquet"
     table.to_parquet(file)
@@ -111,7 +112,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path, reference, kind):
 def test_name_that_is_no_local_path_is_a_hub_id(reference, monkeypatch):
     table, asked = reference.table, []
     monkeypatch.setattr(datasets, "load_dataset", lambda *x, **y: asked.append((x, y)) or table)
-    assert read("me/pictures").captions() == [f"picture {i}" for i in NAMES]
+    assert read("me/pictures").captions() == TEXTS
     assert asked == [(("me/pictures",), {"split": "train"})]
 
 
@@ -134,7 +135,7 @@ def test_tables_and_columns_that_do_not_fit_are_refused_by_name(tmp_path, refere
     refused(reference.folder, "caption", "'text'", caption_column="caption")
     refused(reference.folder, "size", "'text'", min={"size": 3})
     refused(reference.folder, "--min text", "no numbers", min={"text": 3})
-    refused(reference.folder, "--image_column", "--caption_column", caption_column="image")
+    refused(reference.folder, "its image is", "expected a text", caption_column="image")
     write_table(pyarrow.table({"image": [3], "text": ["a"]}), tmp_path / "x.parquet")
     refused(tmp_path / "x.parquet", "--image_column", "int64")
     refused(tmp_path / "x.parquet", "png", "'image'", image_column="png")
@@ -152,15 +153,14 @@ def test_rows_are_kept_by_numbers_of_any_type(tmp_path, reference):
         assert read(tmp_path / "x.parquet", min={kind: 3.5, "other": 4}).captions() == ["f", "g"]
 
 
-# --- Rows that cannot be used ---
+# --- What is checked is what is trained ---
 
 
 FAULTS = [
     (Path.unlink, "FileNotFoundError"),
     (lambda path: os.truncate(path, 4000), "truncated"),
-    (lambda path: path.write_text("no image"), "UnidentifiedImageError"),
-    (lambda path: Image.new("I;16", (8, 8)).save(path), "8 bits"),
-    (lambda path: Image.new("F", (8, 8)).save(path, format="TIFF"), "8 bits"),
+    (lambda path: plain("I;16").save(path), "8 bits"),
+    (lambda path: plain("F").save(path, format="TIFF"), "8 bits"),
     (lambda path: noise_image(0).save(path, icc_profile=b"no profile"), "profile"),
     (lambda path: noise_image(0).save(path, **GREY), "PyCMSError"),
     (lambda path: CYAN.save(path, format="TIFF", **SRGB), "PyCMSError"),
@@ -168,26 +168,22 @@ FAULTS = [
 
 
 def test_rows_that_cannot_be_used_are_listed_and_left_out_when_told_so(tmp_path):
-    folder = write_pairs(tmp_path / "x", [*NAMES, 8])
-    good = {"file_name": "8.png", "text": "a"}
-    bad = [({"text": text}, "(8.png)", f"{text!r}, expected a text") for text in (None, " \t")]
-    bad += [({"text": 3}, "(8.png)", "None, expected a text")]
+    folder, good = write_pairs(tmp_path / "x"), {"file_name": "7.png", "text": "a"}
+    bad = [({"text": text}, "(7.png)", f"{text!r}, expected a text") for text in (None, " \t")]
+    bad += [({"text": 3}, "(7.png)", "None, expected a text")]
     bad += [({"file_name": name}, f"({name})", "no image") for name in (None, "")]
     for i, (damage, word) in enumerate(FAULTS):
         damage(folder / f"{i}.png")
         bad.append(({"file_name": f"{i}.png"}, f"({i}.png)", word))
     write_rows(folder, [good, *(good | cells for cells, _, _ in bad), good])
-    lines = refused(folder, "13 unusable", "--on_bad_row skip").splitlines()[1:14]
+    lines = refused(folder, "12 unusable", "--on_bad_row skip").splitlines()[1:13]
     for row, (line, (_, name, word)) in enumerate(zip(lines, bad), 1):
         assert line.startswith(f"  row {row} {name}") and word in line, (word, line)
     pairs = read(folder, on_bad_row="skip")
-    assert "\n  row 13 (7.png)" in check(pairs)
-    assert pairs.rows == [0, 14] and pairs.read(1)[1] == "a"
+    assert "\n  row 12 (6.png)" in check(pairs)
+    assert pairs.rows == [0, 13] and pairs.read(1)[1] == "a"
     write_rows(folder, 30 * [good | {"text": ""}])
     assert refused(folder, "30 unusable").count("\n  row ") == 20
-
-
-# --- What is checked is what is trained ---
 
 
 def test_ranks_share_the_rows_and_agree_on_what_is_bad(tmp_path, reference):
@@ -217,25 +213,25 @@ def test_ranks_share_the_rows_and_agree_on_what_is_bad(tmp_path, reference):
 
 
 def test_image_that_changes_after_the_check_is_not_trained(tmp_path):
-    folder = write_pairs(tmp_path / "x", [0, 1, 2, 3])
+    folder = write_pairs(tmp_path / "x", [0, 1, 2])
     pairs = checked(folder)
     noise_image(99).save(folder / "0.png")
-    os.truncate(folder / "1.png", 4000)
-    (folder / "2.png").unlink()
-    for row in range(3):
+    (folder / "1.png").unlink()
+    for row in range(2):
         with pytest.raises(ValueError, match=rf"row {row} \({row}.png\)"):
             pairs.read(row)
-    assert pairs.read(3)[1] == "picture 3"
+    assert pairs.read(2)[1] == "picture 2"
 
 
 def test_digests_are_of_content_and_caption_and_count_what_is_repeated(tmp_path, reference):
     paths = [str(reference.folder / f"{i}.png") for i in NAMES]
-    rows = [{"file_name": path, "text": f"picture {i}"} for path, i in zip(paths, NAMES)]
-    changed = [rows[1], rows[0] | {"text": "other"}, rows[0] | {"file_name": paths[1]}, rows[1]]
-    pairs = read(write_rows(tmp_path / "x", changed))
-    assert check(pairs) == "4 of 4, 0 unusable; 1 are repeated"
+    same = {"file_name": paths[1], "text": TEXTS[1]}
+    rows = [same, {"file_name": paths[0], "text": "other"}, same | {"text": TEXTS[0]}, same]
+    pairs = read(write_rows(tmp_path / "x", rows))
+    assert check(pairs) == "4 of 4, 3 different, 0 unusable"
     second, *other, last = pairs.digests
-    assert second == last == reference.digests[1] and len({*other, *reference.digests}) == 10
+    assert second == last == reference.digests[1]
+    assert len({*other, *reference.digests}) == 10
 
 
 # --- What a step takes ---
@@ -270,7 +266,7 @@ def test_each_sample_is_a_function_of_seed_step_and_its_place_in_the_global_batc
     for step in range(1, 6):
         for row, sample in zip(train.step_indices(8, 4, 42, step), plain[4 * step - 4 :]):
             pixels = reference.read(row)[0].numpy().tobytes()
-            assert sample[:2] == (f"picture {NAMES[row]}", pixels)
+            assert sample[:2] == (TEXTS[row], pixels)
     drawn = [part for sample in (*plain, *other) for part in sample[2:]]
     assert len(set(drawn)) == len(drawn) == 40 * 8
 
@@ -280,17 +276,19 @@ def test_captions_are_dropped_at_their_rate_by_steps_and_seed(reference):
     for seed in (1, 2):
         found = batches(reference, max_train_steps=25, seed=seed, cond_dropout_rate=0.25)
         dropped.append([text == "" for batch in found for text in batch.captions])
-    assert all(12 <= sum(x) <= 38 for x in dropped) and dropped[0] != dropped[1]  # 25 +- 4.3
-    assert all(x != x[:4] * 25 for x in dropped)
+    assert dropped[0] != dropped[1]
+    for found in dropped:
+        assert 12 <= sum(found) <= 38 and found != found[:4] * 25  # 25 +- 4.3
 
 
 def test_epoch_is_a_permutation_of_its_own():
-    epochs = []
-    for first, seed in (1, 0), (4, 0), (7, 0), (1, 1):  # three steps of 3 rows of 10
-        steps = [train.step_indices(10, 3, seed, step) for step in range(first, first + 3)]
-        epochs.append(sum(steps, []))
-        assert len(set(epochs[-1])) == 9
-    assert len(set(map(tuple, epochs))) == 4 and set(sum(epochs, [])) == set(range(10))
+    def epoch(first: int, seed: int) -> tuple[int, ...]:  # three steps of 3 rows of 10
+        steps = [train.step_indices(10, 3, seed, first + i) for i in range(3)]
+        return tuple(sum(steps, []))
+
+    epochs = {epoch(1, 0), epoch(4, 0), epoch(7, 0), epoch(1, 1)}
+    assert len(epochs) == 4 and all(len(set(x)) == 9 for x in epochs)
+    assert set().union(*epochs) == set(range(10))
 
 
 def test_threads_work_at_once_keep_the_order_take_no_more_than_told_and_raise():
@@ -303,7 +301,8 @@ def test_threads_work_at_once_keep_the_order_take_no_more_than_told_and_raise():
 
     results = train.in_threads(work, (taken.append(i) or i for i in range(12)), threads=3, ahead=5)
     for i in range(9):
-        assert next(results) == 1 / (9 - i) and len(taken) == min(i + 6, 12)
+        assert next(results) == 1 / (9 - i)
+        assert len(taken) == min(i + 6, 12)
     with pytest.raises(ZeroDivisionError):
         next(results)
 
@@ -311,53 +310,39 @@ def test_threads_work_at_once_keep_the_order_take_no_more_than_told_and_raise():
 # --- Pixels ---
 
 
-def fixed(*numbers: float) -> bytes:
-    """ICC's s15Fixed16Numbers."""
-    return b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)
-
-
-def profile(kind: bytes, space: bytes, connection: bytes, name: bytes, content: bytes) -> dict:
-    """A profile of ICC's version 2 with this tag; the white is D50."""
-    header = struct.pack(">I4sI", 144 + len(content), b"lcms", 0x02100000)
-    header += kind + space + connection + bytes(12) + b"acsp" + bytes(28)
-    header = (header + fixed(0.9642, 1.0, 0.8249)).ljust(128, b"\0")
-    return {"icc_profile": header + struct.pack(">I4sII", 1, name, 144, len(content)) + content}
-
-
+# A profile of ICC's version 2 for grey of gamma 1: header, white (D50), one tag.
 GAMMA_1 = b"curv\0\0\0\0" + struct.pack(">IH", 1, 256)
-GREY = profile(b"mntr", b"GRAY", b"XYZ ", b"kTRC", GAMMA_1)
-# L, a + 128, b + 128 for each of 2^4 inks: no ink is white, cyan alone is red, all others black.
-COLORS = b"\xff\x80\x80" + 7 * b"\0\x80\x80" + b"\x8a\xd1\xc6" + 7 * b"\0\x80\x80"
-TABLE = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
-TABLE += 4 * bytes(range(256)) + COLORS + 3 * bytes(range(256))
-INKS = profile(b"prtr", b"CMYK", b"Lab ", b"A2B0", TABLE)
+HEADER = struct.pack(">I4sI", 144 + len(GAMMA_1), b"lcms", 0x02100000) + b"mntrGRAYXYZ "
+HEADER += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+TAG = struct.pack(">I4sII", 1, b"kTRC", 144, len(GAMMA_1))
+GREY = {"icc_profile": HEADER.ljust(128, b"\0") + TAG + GAMMA_1}
 SRGB = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
 BGR = SRGB["icc_profile"].replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ")
 BGR = {"icc_profile": BGR.replace(b"?XYZ", b"bXYZ")}  # red and blue change places
-LINEAR = [255 * (1.055 * (77 / 255) ** (1 / 2.4) - 0.055)] * 3  # 149.6
-CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+LINEAR = (150, 150, 150)  # 255 (1.055 (77 / 255)^(1 / 2.4) - 0.055) = 149.6
 TURNED, TEXT = Image.Exif(), PngImagePlugin.PngInfo()
 TURNED[0x0112] = 6  # by 90 degrees
 TEXT.add_text("workflow", "x" * 2**21, zip=True)
 NOISE = noise_image(3)
 
 
-def plain(mode: str, *color: int) -> Image.Image:
-    return Image.new(mode, (8, 8), color[0] if len(color) == 1 else color)
+def plain(mode: str, color: tuple[int, ...] | int = 0) -> Image.Image:
+    return Image.new(mode, (8, 8), color)
+
+
+CYAN = plain("CMYK", (255, 0, 0, 0))
 
 
 @pytest.mark.parametrize(
     "image, kind, options, expected, tolerance",
     [
-        (plain("RGBA", 255, 0, 0, 128), "PNG", {}, (255, 127, 127), 1),
-        (plain("LA", 0, 0), "PNG", {}, WHITE, 0),
-        (plain("P", 0), "PNG", {"transparency": 0}, WHITE, 0),
-        (CYAN, "TIFF", {}, (0, 255, 255), 1),
-        (plain("RGB", 60, 160, 90), "PNG", BGR, (90, 160, 60), 1),
-        (plain("RGBA", 60, 160, 90, 0), "PNG", BGR, WHITE, 0),
-        (plain("LA", 77, 255), "PNG", GREY, LINEAR, 1),
+        (plain("RGBA", (255, 0, 0, 128)), "PNG", {}, (255, 127, 127), 1),
+        (plain("P"), "PNG", {"transparency": 0}, WHITE, 0),
+        (CYAN, "JPEG", {}, (0, 255, 255), 1),
+        (plain("RGB", (60, 160, 90)), "PNG", BGR, (90, 160, 60), 1),
+        (plain("RGBA", (60, 160, 90, 0)), "PNG", BGR, WHITE, 0),
+        (plain("LA", (77, 255)), "PNG", GREY, LINEAR, 1),
         (plain("L", 77), "PNG", SRGB, (77, 77, 77), 1),
-        (CYAN, "JPEG", INKS, (255, 0, 0), 6),
         (NOISE, "PNG", {"exif": TURNED}, NOISE.transpose(Image.Transpose.ROTATE_270), 0),
         (NOISE, "PNG", {"pnginfo": TEXT}, NOISE, 0),
     ],
@@ -366,6 +351,6 @@ def test_image_of_any_kind_becomes_srgb_on_white(image, kind, options, expected,
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     decoded = train.decode(buffer.getvalue())
-    expected = np.broadcast_to(expected, (*getattr(expected, "size", image.size)[::-1], 3))
     assert decoded.mode == "RGB"
-    assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= tolerance
+    difference = np.asarray(decoded).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= tolerance
