@@ -100,7 +100,7 @@ def test_rank_of_other_settings_than_rank_0_ends(tmp_path):
 def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(LINES[::40][:14]) + "\n")
     flags = SAMPLE | {"prompts": tmp_path / "prompts.jsonl", "num_images_per_prompt": 1}
-    flags |= {"batch_size": 2, "num_inference_steps": 8}
+    flags |= {"batch_size": 2, "num_inference_steps": 4}
     reference, killed = run(tmp_path / "reference", **flags), tmp_path / "killed"
     ranks = fork(3, lambda: run(killed, **flags), tmp_path / "log")
     while not list(killed.glob("*/samples/*.png")):
