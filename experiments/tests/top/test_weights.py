@@ -1,7 +1,4 @@
-"""The weights that sample.py loads: checkpoints, transformers, LoRA files, encoders, the VAE.
-
-test_train.py holds that weights that are missing or left over are refused, and pickles.
-"""
+"""The weights that sample.py loads: checkpoints, transformers, LoRA files, encoders, the VAE."""
 
 import json
 import math
@@ -71,9 +68,13 @@ def test_transformer_that_does_not_fit_is_refused_by_the_field(tmp_path, field, 
         planned(str(tmp_path))
 
 
-def test_transformer_that_is_not_there_is_refused():
+def test_transformer_that_is_not_there_or_not_in_safetensors_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--transformer nowhere.*none"):
         planned("nowhere")
+    shutil.copy(BASE / "transformer/config.json", tmp_path)
+    torch.save(base_transformer().state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match=f"{tmp_path}.*safetensors"):
+        sample.load_transformer(str(BASE), tmp_path, torch.float32, CPU)
 
 
 # --- LoRA files -----------------------------------------------------------------------------------
@@ -242,11 +243,18 @@ def edited_base(folder: Path, part: str, **changed: torch.Tensor | None) -> Path
 
 
 @pytest.mark.parametrize(
-    "part, name",
-    [("text_encoder_2", "text_projection.weight"), ("vae", "decoder.conv_in.bias")],
+    "part, name, value",
+    [
+        ("text_encoder_2", "text_projection.weight", None),
+        ("text_encoder_2", "text_projection.weight", torch.ones(2, 2)),
+        ("text_encoder_2", "lm_head.weight", torch.ones(2)),
+        ("vae", "decoder.conv_in.bias", None),
+        ("vae", "decoder.conv_in.bias", torch.ones(2)),
+        ("vae", "quant_conv.weight", torch.ones(2)),
+    ],
 )
-def test_weights_of_another_shape_are_refused_by_name(tmp_path, part, name):
-    base = edited_base(tmp_path / "base", part, **{name: torch.ones(2, 2)})
+def test_weights_missing_left_over_or_of_another_shape_are_named(tmp_path, part, name, value):
+    base = edited_base(tmp_path / "base", part, **{name: value})
     with pytest.raises(ValueError, match=f"{base}/{part}.*{name}"):
         sample.load_pipeline(str(base), torch.float32, CPU)
 
