@@ -1,4 +1,4 @@
-"""What tests share: flags of the small pipeline, a launcher, forked ranks, a part of the pairs."""
+"""What tests share: the small pipeline's flags, train.py's arguments, launched and forked ranks."""
 
 import contextlib
 import gc
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = {
     "pretrained_model_name_or_path": str(DATA / "model"),
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "mixed_precision": "no",
 }
-MODEL |= {"mixed_precision": "no"}
 DATASET = {"dataset": str(PAIRS), "resolution": 64}
 
 
@@ -51,32 +51,25 @@ def train_args(**flags) -> train.Args:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return train.parse(words_of(MODEL | DATASET | flags))
     except SystemExit:
-        message = re.sub(
-            r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue()
-        )  # without the box that tyro draws around it
+        # Without the box that tyro draws around it.
+        message = re.sub(r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue())
         raise ValueError(message.strip()) from None
 
 
 def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:
-    """script under torchrun, or alone with 1 process, in a process group of its own."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    command = [*(launcher if processes > 1 else [sys.executable]), script, *words, *words_of(flags)]
+    """script under torchrun, or alone with 1 process, in a process group of its own; each process
+    has one thread."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [script, *words, *words_of(flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "start_new_session": True,
-    }
-    # A shell's background processes ignore SIGINT.
+    # SIGINT is heeded again, which a shell's background ignores.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=heed, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, preexec_fn=heed, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.CompletedProcess:
@@ -84,14 +77,12 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        subprocess.run(
-            ["pkill", "-9", "-P", str(process.pid)]
-        )  # torchrun's workers, which have groups of their own
+        # torchrun's workers have groups of their own.
+        subprocess.run(["pkill", "-9", "-P", str(process.pid)])
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(
-            f"no end after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}"
-        ) from None
+        said = f"{stdout[-3000:]}\n{stderr[-3000:]}"
+        raise AssertionError(f"no end after {timeout} s:\n{said}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -109,11 +100,8 @@ def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocess
     """Ranks that call action under torchrun's variables, or a single process without them. They are
     forked from this process, which spares each 7 s of imports, and have one thread. What rank r
     prints goes to log.r."""
-    address = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(count),
-    }
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    address["WORLD_SIZE"] = str(count)
 
     def rank_main(rank: int) -> None:
         if count > 1:
@@ -126,7 +114,7 @@ def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocess
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
     gc.collect()
-    # Or a rank might collect a process group of this process, and wait for threads that it lacks.
+    # Else a rank might collect a process group of this process, and wait for threads that it lacks.
     gc.freeze()
     try:
         for rank in ranks:
