@@ -1,4 +1,4 @@
-"""Is your own version of SOAR right? A few calls tell, and name the mistake.
+"""Is your own version of SOAR right? A few calls tell, and say where it is not.
 
     check_port(port, generator=torch.Generator().manual_seed(0))
 
@@ -14,7 +14,6 @@ Not checked: weights and the loss's sum, the base term, the law of t and of sigm
 but that of the ODE step. Copy this file beside soar.py: it needs nothing else.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -46,87 +45,32 @@ class Levels(NamedTuple):
     shift: float
 
 
-def _mixed(hat: Tensor, start: Tensor, x: Levels) -> Tensor:
-    """Level of a state between z_hat, which stands at hat, and z1, if alpha counts from start."""
-    alpha = (x.sigma_aux - start) / (1 - start)
+def _mixed(hat: Tensor, x: Levels, upper: Tensor | float = 1.0) -> Tensor:
+    """Level of a state between z_hat, which stands at hat, and z1, if alpha is 1 at upper."""
+    alpha = (x.sigma_aux - x.sigma_next) / (upper - x.sigma_next)
     return (1 - alpha) * hat + alpha
 
 
-def _mixed_to_the_bound(x: Levels) -> Tensor:
-    alpha = (x.sigma_aux - x.sigma_next) / (x.sigma_upper - x.sigma_next)
-    return (1 - alpha) * x.sigma_next + alpha
-
-
-# Each fault, and the number by which it is known: here the level where an exact model's states are.
-STATE_FAULTS = {
+STATE_FAULTS = {  # where an exact model's states stand
     "alpha is divided by sigma_upper - sigma_next, it must be by 1 - sigma_next": (
-        _mixed_to_the_bound
+        lambda x: _mixed(x.sigma_next, x, x.sigma_upper)
     ),
     "the rollout goes up, not down: is v's sign reversed, or are sigma and sigma_next swapped?": (
-        lambda x: _mixed(2 * x.sigma - x.sigma_next, x.sigma_next, x)
-    ),
-    "alpha counts from sigma, it must from sigma_next": (
-        lambda x: _mixed(x.sigma_next, x.sigma, x)
-    ),
-    "alpha is sigma_aux - sigma_next, it must be divided by 1 - sigma_next": (
-        lambda x: x.sigma_next + (x.sigma_aux - x.sigma_next) * (1 - x.sigma_next)
-    ),
-    "the rollout stays at sigma, where alpha takes it to be at sigma_next": (
-        lambda x: _mixed(x.sigma, x.sigma_next, x)
-    ),
-    "alpha is sigma_aux, it must be (sigma_aux - sigma_next) / (1 - sigma_next)": (
-        lambda x: x.sigma_next + x.sigma_aux * (1 - x.sigma_next)
+        lambda x: _mixed(2 * x.sigma - x.sigma_next, x)
     ),
     "the label is a time without its shift: take sigma_from_t of it": (
         lambda x: sigma_from_t(x.sigma_aux, x.shift)
     ),
     "the label counts from the noise: take 1 minus it": lambda x: 1 - x.sigma_aux,
 }
-DIVISORS = {  # by what a target was divided
-    "sigma, the level before the rollout": lambda x: x.sigma,
-    "sigma_next, the level after the rollout": lambda x: x.sigma_next,
-    "sigma_upper, the bound": lambda x: x.sigma_upper,
-    "1 - sigma_aux": lambda x: 1 - x.sigma_aux,
-    "sigma_aux - sigma_next": lambda x: x.sigma_aux - x.sigma_next,
-    "nothing": lambda x: torch.ones_like(x.sigma_aux),
-    "-sigma_aux, so its sign is reversed": lambda x: -x.sigma_aux,
-}
+ALPHA = "alpha must be (sigma_aux - sigma_next) / (1 - sigma_next), with the label's sigma_aux"
 SCALES = {  # the multiple of e_cond - e_uncond by which the rollout errs
     "it is not guided": lambda w: 1.0,
     "it takes v_uncond alone": lambda w: 0.0,
     "v_cond and v_uncond are swapped": lambda w: 1 - w,
     "w (v_cond - v_uncond) is added to v_cond, it must be to v_uncond": lambda w: 1 + w,
 }
-ENDS = {  # the levels where the rollout ends; floors first, as at shift 1 sigma is t
-    "it is not clamped at t_min": [lambda t, x, c: _end(t, x, c, -torch.inf)],
-    "its floor is 0, it must be sigma(t_min)": [lambda t, x, c: _end(t, x, c, 0.0)],
-    "its floor is t_min, it must be sigma(t_min)": [lambda t, x, c: _end(t, x, c, c.t_min)],
-    "it goes to clean data": [lambda t, x, c: torch.zeros_like(t)],
-    "it steps 1 / K in sigma, it must in t": [
-        lambda t, x, c: _end_in_sigma(x, c, -torch.inf),
-        lambda t, x, c: _end_in_sigma(x, c, 0.0),
-        lambda t, x, c: _end_in_sigma(x, c, c.t_min),
-        lambda t, x, c: _end_in_sigma(x, c, sigma_from_t(c.t_min, c.shift)),
-    ],
-    "it takes several steps, it must take one": [
-        lambda t, x, c: _end_of_steps(t, c, 2),
-        lambda t, x, c: _end_of_steps(t, c, 3),
-        lambda t, x, c: _end_of_steps(t, c, 4),
-    ],
-}
-
-
-def _end(t: Tensor, x: Levels, config: SoarConfig, floor: float) -> Tensor:
-    return sigma_from_t(t - 1 / config.num_sampling_steps, x.shift).clamp(min=floor)
-
-
-def _end_in_sigma(x: Levels, config: SoarConfig, floor: float) -> Tensor:
-    return (x.sigma - 1 / config.num_sampling_steps).clamp(min=floor)
-
-
-def _end_of_steps(t: Tensor, config: SoarConfig, steps: int) -> Tensor:
-    t_next = t - steps / config.num_sampling_steps
-    return sigma_from_t(t_next.clamp(min=config.t_min), config.shift)
+END = "it is one step of 1 / K in t, not below t_min, with the shift and K that you sample with"
 
 
 class _Model:
@@ -164,14 +108,8 @@ def check_port(port: Port, configs: Sequence[SoarConfig] = CONFIGS, *,
     step. z0, z1: (B, 4, 16, 16), float32. It calls velocity(z, sigma, cond) as it would its model,
     with sigma in [0, 1]; cond and uncond are (B, 1), and may be concatenated along with z.
     configs: what is tried. A port with settings of its own gets a SoarConfig that has the same, and
-    a port without a bound configs=[SoarConfig()]; fewer than 40 steps give a warning.
+    a port without a bound configs=[SoarConfig()].
     Raises ValueError, which names the mistake and the settings that show it."""
-    for config in configs:
-        if configs is not CONFIGS and config.num_sampling_steps < 40:
-            warnings.warn(
-                f"num_sampling_steps is {config.num_sampling_steps}: below 40 targets near the "
-                "clean end are so large that they rule the gradient", stacklevel=2,
-            )
     largest = 0.0
     for config in configs:
         try:
@@ -200,7 +138,7 @@ def _check_config(port: Port, config: SoarConfig, generator: torch.Generator) ->
     wrong = _Model(z0, z1, e_cond, e_uncond)
     points = _points(port(wrong, z0, z1, t, cond, uncond, config), z0)
     levels = [_levels(t, sigma_aux, config) for _, sigma_aux, _ in points]
-    largest = max(largest, _check_rollout(points, levels, wrong, t, config))
+    largest = max(largest, _check_rollout(points, levels, wrong, config))
     _check_range(levels)
     return max(largest, _check_targets(points, levels, z0, z1))
 
@@ -239,16 +177,6 @@ def _along(x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     return amount, (rest**2).mean(1).sqrt()
 
 
-def _named(faults: dict, found: list[Tensor], made: Callable) -> str | None:
-    """The fault whose number is what was found at every point."""
-    for name, fault in faults.items():
-        expected = torch.stack([made(fault, i) for i in range(len(found))])
-        off = (torch.stack(found) - expected).abs() / expected.abs().clamp(min=1)
-        if off.max() < 10 * EXACT:
-            return name
-    return None
-
-
 def _worst(found: list[Tensor], expected: list[Tensor]) -> tuple[float, float, float]:
     """The largest difference, and the two numbers there."""
     a, b = torch.stack(found).flatten(), torch.stack(expected).flatten()
@@ -270,10 +198,13 @@ def _check_states(points: list[Point], levels: list[Levels], z0: Tensor, z1: Ten
     if off < EXACT:
         return max(off, rest)
     where = f"an exact model's state stands at {state:.4f} and is labelled {label:.4f}"
-    name = _named(STATE_FAULTS, at, lambda fault, i: fault(levels[i]))
-    if name is None and off < TABLE:
-        name = "is the label rounded to a table of timesteps? Give the model its exact level"
-    raise ValueError(f"{where}: {name or 'state and label must come from the same sigma_aux'}")
+    why = ALPHA
+    if off < TABLE:
+        why = "is the label rounded to a table of timesteps? Give the model its exact level"
+    for name, level in STATE_FAULTS.items():
+        if _worst(at, [level(x) for x in levels])[0] < 10 * EXACT:
+            why = name
+    raise ValueError(f"{where}: {why}")
 
 
 def _check_calls(points: list[Point], model: _Model) -> None:
@@ -305,27 +236,17 @@ def _check_targets(points: list[Point], levels: list[Levels], z0: Tensor, z1: Te
         off = max(off, ((missed**2).mean(1).sqrt() * sigma).max().item())
     if off < EXACT:
         return off
-    if all(_close(target, (z1 - z0).double()) for _, _, target in points):
-        raise ValueError("targets are z1 - z0, as in SFT, also where the state has left the path: "
-                         "they must be (z_aux - z0) / sigma_aux")
-    found = [_along(z - z0, target) for z, _, target in points]
-    divisors, rest = [x for x, _ in found], max(x.max().item() for _, x in found)
-    name = _named(DIVISORS, divisors, lambda fault, i: fault(levels[i]))
-    if name is not None:
-        raise ValueError(f"targets are (z_aux - z0) divided by {name}: divide by sigma_aux")
-    worst, _, _ = _worst(divisors, [x.sigma_aux for x in levels])
-    why = ""
-    if max(worst, rest) < HALF:
-        why = ": are they formed in half precision? Form them in float32"
-    raise ValueError(f"targets miss (z_aux - z0) / sigma_aux by {off:.2g} / sigma_aux{why}")
+    why = "divide by the level of the point, after z_aux - z0"
+    if off < HALF:
+        why = "are they formed in half precision? Form them in float32"
+    if all((x - (z1 - z0)).abs().max() < 10 * EXACT for _, _, x in points):
+        why = "they are z1 - z0, as in SFT, also where the state has left the path"
+    raise ValueError(f"targets miss (z_aux - z0) / sigma_aux by {off:.2g} / sigma_aux: {why}")
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    return bool((x - y).abs().max() < 10 * EXACT)
-
-
-def _check_rollout(points: list[Point], levels: list[Levels], model: _Model, t: Tensor,
-                   config: SoarConfig) -> float:
+def _check_rollout(
+    points: list[Point], levels: list[Levels], model: _Model, config: SoarConfig
+) -> float:
     """The states of a wrong model have left the path as far, and in the direction, as they must."""
     w = config.guidance_scale
     e_cond, e_uncond = model.e_cond.detach().double(), model.e_uncond.detach().double()
@@ -339,31 +260,23 @@ def _check_rollout(points: list[Point], levels: list[Levels], model: _Model, t: 
         shares.append(torch.linalg.lstsq(basis, left.flatten(1)[..., None]).solution[..., 0])
     if off < EXACT * max(1.0, abs(w)):
         return off
-    cond_share, uncond_share = torch.stack(shares).unbind(-1)
-    moved = cond_share + uncond_share
-    if max(cond_share.abs().max(), uncond_share.abs().max()) < EXACT:
+    shares = torch.stack(shares)
+    if shares.abs().max() < EXACT:
         raise ValueError("no state of a wrong model leaves the path: there is no rollout")
-    scale = (cond_share.sum() / moved.sum()).item()
+    moved = shares.sum(-1)  # (points, B)
+    scale = (shares[..., 0].sum() / moved.sum()).item()
     if abs(scale - w) > 0.01:
         named = (name for name, fault in SCALES.items() if abs(fault(w) - scale) < 0.01)
         name = next(named, "is it the scale you sample with?")
         raise ValueError(f"the rollout is guided by {scale:.2f} in place of {w:g}: {name}")
-    _fail_at_the_end(moved, levels, t.double(), config)
-
-
-def _fail_at_the_end(moved: Tensor, levels: list[Levels], t: Tensor, config: SoarConfig) -> None:
-    """moved (points, B) is (1 - sigma_aux) / (1 - end) (end - sigma), solved for the end here; the
-    point with the lowest level says it best."""
+    # moved is (1 - sigma_aux) / (1 - end) (end - sigma), solved for the end; the lowest point of
+    # each sample says it best.
     aux = torch.stack([x.sigma_aux for x in levels])
     lowest = aux.argmin(0, keepdim=True)
     ratio = moved.gather(0, lowest)[0] / (1 - aux.gather(0, lowest)[0])
-    x = levels[0]
-    end = (x.sigma + ratio) / (1 + ratio)
-    made = {(name, i): fault for name, faults in ENDS.items() for i, fault in enumerate(faults)}
-    name, _ = _named(made, [end], lambda fault, i: fault(t, x, config)) or (None, 0)
-    _, found, right = _worst([end], [x.sigma_next])
-    raise ValueError(f"the rollout ends at {found:.4f}, expected sigma_next = {right:.4f}: "
-                     f"{name or 'are shift and number of steps those you sample with?'}")
+    end = (levels[0].sigma + ratio) / (1 + ratio)
+    _, found, right = _worst([end], [levels[0].sigma_next])
+    raise ValueError(f"the rollout ends at {found:.4f}, expected sigma_next = {right:.4f}: {END}")
 
 
 def _check_range(levels: list[Levels]) -> None:

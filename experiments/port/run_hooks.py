@@ -1,19 +1,15 @@
 """Run the recipes of recipes.md's "Trainers with hooks" in those trainers' own code.
 
-    python -m experiments.port.run_hooks --diffsynth CHECKOUT --musubi CHECKOUT --sd_scripts CHECKOUT \\
-        --ai_toolkit CHECKOUT --simpletuner CHECKOUT --onetrainer CHECKOUT --ltx_video CHECKOUT \\
-        --diffusion_pipe CHECKOUT --unirl CHECKOUT --flow_matching CHECKOUT
+    python -m experiments.port.run_hooks --environment DIR --diffsynth CHECKOUT --musubi CHECKOUT \\
+        --sd_scripts CHECKOUT --ai_toolkit CHECKOUT --simpletuner CHECKOUT --onetrainer CHECKOUT \\
+        --ltx_video CHECKOUT --diffusion_pipe CHECKOUT --unirl CHECKOUT --flow_matching CHECKOUT
 
-Each CHECKOUT, a clone of the repository that recipes.md names, may be left out. Real are the
-trainer's modules, its class and method that make the loss, its model's class (small, random
-weights), its embeddings of text where it has a class for them, and accelerate. The recipe is
-recipes/'s file, and the lines that the page shows, pasted where it says. Not real: latents and
-embeddings are random, so no VAE and no text encoder runs; no optimizer steps; some trainers and
-models are made without their constructors, which load files, and get the attributes that this path
-reads; noise and levels are given to them. A few casts in DiffSynth's and musubi's models are put
-right for a CPU. Needs torchvision, av, deepspeed, easydict, ftfy, gguf, imageio, imagesize, kornia,
-lycoris-lora, parse, sentencepiece, toml, torchmetrics and voluptuous; what else the trainers import
-and do not call here is in ABSENT.
+Each CHECKOUT, a clone of the repository that recipes.md names, may be left out. DIR is where the
+packages go that the trainers need beside ours; it is kept for the next time. torchvision must be
+installed already, of the same build as torch. What is real and what is not: see the page. Objects
+whose constructor loads files are made without it, and get the attributes that this path reads. What
+trainers import and do not call here is in ABSENT. A few casts in DiffSynth's and musubi's models
+are put right for a CPU.
 
 "Off" is the relative difference of the trainer's own loss from the recipe's at lambda_aux = 0, on
 the same noise and levels. SOAR "ran", with the recipe's settings: seven terms, whose sum is
@@ -29,13 +25,13 @@ import dataclasses
 import importlib
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import accelerate
@@ -45,13 +41,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import soar
-from experiments.port.run_recipes import HERE, blocks
+from experiments.environment import environment, run
+from experiments.port.run_recipes import HERE, PAGE, Z_IMAGE
 
-PAGE = blocks((HERE / "recipes.md").read_text())
 FILES = HERE / "recipes"
 BATCH = 2
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+PACKAGES = (
+    "av==18.1.0", "deepspeed==0.18.2", "easydict==1.14", "ftfy==6.3.1", "gguf==0.19.0",
+    "imageio==2.38.1", "imagesize==2.0.1", "kornia==0.9.0", "lycoris-lora==4.1.3", "parse==1.22.4",
+    "sentencepiece==0.2.3", "toml==0.10.2", "torchmetrics==1.9.0", "voluptuous==0.16.0",
+)  # fmt: skip
 ABSENT = (
     "albumentations", "atomicwrites", "bitsandbytes", "boto3", "botocore", "comfy", "comfy_api",
     "controlnet_aux", "fastapi", "k_diffusion", "library.lpw_stable_diffusion",
@@ -100,16 +101,23 @@ def edited(path: Path, *edits: tuple[str, str]) -> ModuleType:
     return module
 
 
-def forget(*packages: str) -> None:
-    """Two trainers have packages of these names."""
-    for name in [x for x in sys.modules if x.split(".")[0] in packages]:
-        del sys.modules[name]
-
-
 def above(line: str, block: str) -> tuple[str, str]:
     """The edit that puts a block above a line, at its indentation."""
     indent = line[: -len(line.lstrip())]
     return line, textwrap.indent(block, indent) + line
+
+
+# --- Running a loss ---
+
+
+class Trainer(NamedTuple):
+    """What is compared: the trainer's own loss and the recipe's, made anew by each call."""
+
+    noise: Tensor  # of both
+    theirs: Callable[[], Tensor]
+    ours: Callable[[], Tensor]
+    model: torch.nn.Module
+    backward: Callable[[Tensor], None] = Tensor.backward
 
 
 class Recipe:
@@ -124,23 +132,25 @@ class Recipe:
         if cls.one_sum:
             streamed.streamed = streamed.whole
         sys.modules["streamed"] = streamed
-        module = edited(FILES / f"{name}.py", *cls.edits)
-        sys.modules[name] = module
-        return module
+        sys.modules[name] = edited(FILES / f"{name}.py", *cls.edits)
+        return sys.modules[name]
 
 
 @dataclasses.dataclass
 class Seen:
-    """What soar.py did for a block: its terms' losses, and whether the rollout was guided."""
+    """A loss; of soar.py's making, the losses of its terms, and whether the rollout was guided."""
 
+    loss: Tensor | None = None
     terms: list[float] = dataclasses.field(default_factory=list)
     guided: bool = False
 
 
-@contextlib.contextmanager
-def blocks_see(z1: Tensor, lambda_aux: float | None = None):
-    """What blocks import from soar.py: draws with the noise z1, and another default lambda_aux."""
-    fields = [] if lambda_aux is None else [("lambda_aux", float, lambda_aux)]
+def called(
+    loss: Callable, noise: Tensor, lambda_aux: float = 1.0, *, edits=(), one_sum: bool = False
+) -> Seen:
+    """The loss where soar.py and the trainer draw this noise, and lambda_aux is by default another;
+    edits, one_sum: of the Recipe."""
+    fields = [("lambda_aux", float, lambda_aux)]
     config = dataclasses.make_dataclass("SoarConfig", fields, bases=(soar.SoarConfig,), frozen=True)
     draw, terms, guided_velocity = soar.draw, soar.soar_terms, soar.guided_velocity
     seen = Seen()
@@ -154,11 +164,59 @@ def blocks_see(z1: Tensor, lambda_aux: float | None = None):
         seen.guided = not torch.equal(v_uncond, v)
         return guided_velocity(v_uncond, v, scale)
 
-    with mock.patch.multiple(
-        soar, SoarConfig=config, draw=lambda *x: draw(*x)._replace(z1=z1.float()),
-        soar_terms=seen_terms, guided_velocity=seen_guidance,
-    ):  # fmt: skip
-        yield seen
+    ours = {"SoarConfig": config, "soar_terms": seen_terms, "guided_velocity": seen_guidance}
+    ours["draw"] = lambda *x: draw(*x)._replace(z1=noise.float())
+    torch.manual_seed(5)  # of the trainer's levels
+    with mock.patch.multiple(soar, **ours), mock.patch.multiple(
+        Recipe, edits=edits, one_sum=one_sum
+    ):
+        with mock.patch("torch.randn_like", lambda *_, **__: noise):
+            seen.loss = loss()
+    return seen
+
+
+def gradients(loss: Tensor, trainer: Trainer) -> dict[str, Tensor]:
+    """Those not 0, once the loss has run backward, unless the trainer already had it do so."""
+    if loss.requires_grad:
+        trainer.backward(loss)
+    weights = trainer.model.named_parameters()
+    found = {name: x.grad for name, x in weights if x.grad is not None}
+    trainer.model.zero_grad()
+    return {name: x for name, x in found.items() if x.isfinite().all() and x.any()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float) -> bool:
+    if set(left) != set(right):
+        return False
+    left, right = (torch.cat([x[name].flatten() for name in left]).double() for x in (left, right))
+    return bool((left - right).norm() < rtol * right.norm())
+
+
+def failures(trainer: Trainer, wrong: list[tuple[str, str]], dtype: torch.dtype) -> list[str]:
+    """What of SOAR did not run as it must, see the top."""
+    noise, theirs, ours, model, _ = trainer
+    model.zero_grad()
+    weights = gradients(called(theirs, noise).loss, trainer)
+    seen = called(ours, noise)
+    found = gradients(seen.loss, trainer)
+    at_once = gradients(called(ours, noise, one_sum=True).loss, trainer)
+    checks = {
+        "seven terms": len(seen.terms) == 7,
+        "their sum": abs(seen.loss.item() / sum(seen.terms) - 1) < 1e-5,
+        "guided": seen.guided,
+        "all weights": bool(weights) and set(weights) <= set(found),
+        "gradients": equal(found, at_once, 1e-4 if dtype == torch.float32 else 3e-2),
+    }
+    for edit in wrong:
+        loss = called(ours, noise, edits=[edit]).loss
+        checks[edit[1]] = abs(loss.item() / seen.loss.item() - 1) > 1e-6
+    return [check for check, holds in checks.items() if not holds]
+
+
+def off(trainer: Trainer, *edits: tuple[str, str]) -> float:
+    """How far the recipe's loss at lambda 0 is from the trainer's."""
+    ours = called(trainer.ours, trainer.noise, 0.0, edits=edits).loss
+    return abs(ours.item() / called(trainer.theirs, trainer.noise).loss.item() - 1)
 
 
 # --- Models and data ---
@@ -168,11 +226,40 @@ def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def latents_and_noise(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return randn(1, *shape).to(dtype), randn(4, *shape).to(dtype)
+
+
 def filled(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """The model with random weights, also where a fresh one has zeros or nothing."""
     for i, parameter in enumerate(model.parameters()):
         parameter.data = 0.2 * randn(i, *parameter.shape)
     return model.to(dtype)
+
+
+def sd3(kind: type, dtype: torch.dtype, text: int = 8, pooled: int = 8) -> torch.nn.Module:
+    """A small model of diffusers' class, or of a trainer's with the same arguments."""
+    model = kind(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=text, caption_projection_dim=16, pooled_projection_dim=pooled,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    return filled(model, dtype)
+
+
+class Loose:
+    """Made of these attributes alone, whatever class comes next; others are None."""
+
+    def __init__(self, **given):
+        self.__dict__.update(given)
+
+    def __getattr__(self, name):
+        if name.startswith(("soar", "__")):  # the recipes ask whether they were here before
+            raise AttributeError(name)
+
+
+def made(kind: type, **attributes):
+    return type(kind.__name__, (Loose, kind), {"__abstractmethods__": frozenset()})(**attributes)
 
 
 def accelerator(dtype: torch.dtype) -> accelerate.Accelerator:
@@ -182,13 +269,15 @@ def accelerator(dtype: torch.dtype) -> accelerate.Accelerator:
     return accelerate.Accelerator(cpu=True, mixed_precision=mixed, gradient_accumulation_steps=4)
 
 
-# --- The trainers. Each returns (noise, trainer's own loss, the recipe's, model), given a dtype;
-# the two losses are functions without arguments ---
+def autocast(dtype: torch.dtype):
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def diffsynth(checkout: Path, dtype: torch.dtype) -> tuple:
+# --- The trainers, each given a dtype; its checkout can be imported from ---
+
+
+def diffsynth(checkout: Path, dtype: torch.dtype) -> Trainer:
     """ZImageTrainingModule.forward, from a prompt and an image on, with its pipeline's units."""
-    sys.path.insert(0, str(checkout))
     from diffsynth.models.z_image_dit import ZImageDiT
     from diffsynth.pipelines.z_image import ZImagePipeline, ZImageUnit_PromptEmbedder
 
@@ -196,13 +285,9 @@ def diffsynth(checkout: Path, dtype: torch.dtype) -> tuple:
         return {"prompt_embeds": [randn(len(prompt), 6, 16).to(dtype)]}
 
     ZImageUnit_PromptEmbedder.process = prompt_embeds
-    model = ZImageDiT(
-        dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
-    )  # fmt: skip
-    model = filled(model, dtype)
+    model = filled(ZImageDiT(**Z_IMAGE), dtype)
     model.t_embedder.mlp.register_forward_pre_hook(lambda _, x: x[0].to(dtype))  # always bf16 there
-    latents, noise = randn(1, 1, 16, 8, 8).to(dtype), randn(4, 1, 16, 8, 8).to(dtype)
+    latents, noise = latents_and_noise(1, 16, 8, 8, dtype=dtype)
     file = checkout / "examples" / "z_image" / "model_training" / "train.py"
     old = "lambda pipe, inputs_shared, inputs_posi, inputs_nega: FlowMatchSFTLoss(pipe, "
     old = f'"sft": {old}**inputs_shared, **inputs_posi),'
@@ -216,16 +301,14 @@ def diffsynth(checkout: Path, dtype: torch.dtype) -> tuple:
         if edits:
             module.soar_sft_loss = Recipe.load("soar_diffsynth").soar_sft_loss
         trainer = module.ZImageTrainingModule(trainable_models="dit")
-        torch.manual_seed(5)  # the level
-        with mock.patch("torch.randn_like", lambda x: noise):
-            return trainer({"prompt": "a square", "image": Image.new("RGB", (64, 64))})
+        return trainer({"prompt": "a square", "image": Image.new("RGB", (64, 64))})
 
-    return noise, step, lambda: step((old, new), ('"cfg_scale": 1,', '"cfg_scale": 2,')), model
+    recipe = (old, new), ('"cfg_scale": 1,', '"cfg_scale": 2,')
+    return Trainer(noise, step, lambda: step(*recipe), model)
 
 
-def musubi(checkout: Path, dtype: torch.dtype) -> tuple:
+def musubi(checkout: Path, dtype: torch.dtype) -> Trainer:
     """WanNetworkTrainer.process_batch."""
-    sys.path.insert(0, str(checkout / "src"))
     with mock.patch("torch.cuda.current_device", lambda: 0):  # a default of an argument
         from musubi_tuner import wan_train_network as script
     from musubi_tuner.wan.configs import WAN_CONFIGS
@@ -242,7 +325,7 @@ def musubi(checkout: Path, dtype: torch.dtype) -> tuple:
     parser = script.wan_setup_parser(script.setup_parser_common())
     words = "--task t2v-14B --timestep_sampling shift --discrete_flow_shift 5"
     args = parser.parse_args(words.split())
-    latents, noise = randn(1, BATCH, 16, 3, 4, 4).to(dtype), randn(4, BATCH, 16, 3, 4, 4).to(dtype)
+    latents, noise = latents_and_noise(BATCH, 16, 3, 4, 4, dtype=dtype)
     batch = {"timesteps": [0.9, 0.2], "t5": list(randn(2, BATCH, 5, 8))}
     own = script.WanNetworkTrainer
 
@@ -259,12 +342,11 @@ def musubi(checkout: Path, dtype: torch.dtype) -> tuple:
             with mock.patch.object(script, "WanNetworkTrainer", own):
                 return step(Recipe.load("soar_musubi").SoarTrainer)
 
-    return noise, lambda: step(own), ours, model, accelerator(dtype).backward
+    return Trainer(noise, lambda: step(own), ours, model, accelerator(dtype).backward)
 
 
-def sd_scripts(checkout: Path, dtype: torch.dtype) -> tuple:
+def sd_scripts(checkout: Path, dtype: torch.dtype) -> Trainer:
     """Sd3NetworkTrainer.process_batch."""
-    sys.path.insert(0, str(checkout))
     import sd3_train_network as script
     from library import strategy_base, strategy_sd3
     from library.sd3_models import MMDiT
@@ -275,11 +357,10 @@ def sd_scripts(checkout: Path, dtype: torch.dtype) -> tuple:
     )  # fmt: skip
     model.pos_embed.copy_(randn(9, *model.pos_embed.shape))
     model = filled(model, dtype)
-    strategy_base.TextEncodingStrategy._strategy = None
     strategy = strategy_sd3.Sd3TextEncodingStrategy()
     strategy_base.TextEncodingStrategy.set_strategy(strategy)
     args = script.setup_parser().parse_args("--seed 0 --training_shift 3".split())
-    latents, noise = randn(1, BATCH, 16, 8, 8), randn(4, BATCH, 16, 8, 8)
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8)
 
     def text(seed, rows):
         shapes = ((rows, 5, 2048), (rows, 5, 4096), (rows, 2048))
@@ -292,20 +373,15 @@ def sd_scripts(checkout: Path, dtype: torch.dtype) -> tuple:
         trainer = kind()
         trainer.sample_prompts_te_outputs = {"": text(3, 1)}
         call = (batch, None, model, None, None, None, dtype, dtype, accelerator(dtype), args)
-        torch.manual_seed(5)  # the levels
-        with mock.patch("torch.randn_like", lambda x: noise):
-            return trainer.process_batch(*call, strategy, None, train_text_encoder=False)
-
-    def ours():
-        return step(Recipe.load("soar_sd_scripts").SoarTrainer)
+        return trainer.process_batch(*call, strategy, None, train_text_encoder=False)
 
     theirs = lambda: step(script.Sd3NetworkTrainer)  # noqa: E731
-    return noise, theirs, ours, model, accelerator(dtype).backward
+    ours = lambda: step(Recipe.load("soar_sd_scripts").SoarTrainer)  # noqa: E731
+    return Trainer(noise, theirs, ours, model, accelerator(dtype).backward)
 
 
-def ai_toolkit(checkout: Path, dtype: torch.dtype) -> tuple:
+def ai_toolkit(checkout: Path, dtype: torch.dtype) -> Trainer:
     """SDTrainer.train_single_accumulation of a ZImageModel, with a mask."""
-    sys.path.insert(0, str(checkout))
     package = sys.modules["extensions_built_in.diffusion_models"] = ModuleType("diffusion_models")
     package.__path__ = [str(checkout / "extensions_built_in" / "diffusion_models")]  # but not all
     from extensions_built_in.diffusion_models.z_image.z_image import ZImageModel
@@ -314,77 +390,53 @@ def ai_toolkit(checkout: Path, dtype: torch.dtype) -> tuple:
     from toolkit.prompt_utils import PromptEmbeds
     from toolkit.timer import Timer
 
-    model = ZImageTransformer2DModel(
-        in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
-    )  # fmt: skip
-    model = filled(model, dtype)
-    latents, noise = randn(1, BATCH, 16, 8, 8).to(dtype), randn(4, BATCH, 16, 8, 8).to(dtype)
-    timesteps = torch.tensor([900.0, 200.0])
-    name = next(name for name, x in DTYPES.items() if x == dtype)
-
     def text(seed, rows):
         return PromptEmbeds([list(randn(seed, rows, 6, 16).to(dtype)), None])
 
+    model = filled(ZImageTransformer2DModel(**Z_IMAGE), dtype)
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8, dtype=dtype)
+    name = next(name for name, x in DTYPES.items() if x == dtype)
     sd = ZImageModel("cpu", ModelConfig(name_or_path="", arch="zimage"), dtype=name)
     sd.noise_scheduler = sd.get_train_scheduler()
     sd.model, sd.vae = model, SimpleNamespace(dtype=sd.vae_torch_dtype)
     sd.text_encoder = SimpleNamespace(dtype=sd.te_torch_dtype, eval=lambda: None)
     sd.encode_prompt = lambda *prompts, **options: text(2, BATCH)
-    noisy = sd.add_noise(latents, noise, timesteps)
+    timesteps = torch.tensor([900.0, 200.0])
+    given = (sd.add_noise(latents, noise, timesteps), noise, timesteps, [""] * BATCH, None)
     item = SimpleNamespace(is_reg=False, prior_reg=False)
-    batch = SimpleNamespace(
-        latents=latents, file_items=[item] * BATCH, control_tensor=None, clip_image_tensor=None,
-        clip_image_embeds=None, mask_tensor=randn(6, BATCH, 1, 8, 8).abs().half(),
-        unconditional_latents=None, extra_values=None, prompt_embeds=None, audio_target=None,
+    batch = Loose(
+        latents=latents, mask_tensor=randn(6, BATCH, 1, 8, 8).abs().half(),
+        file_items=[item] * BATCH, loss_multiplier_list=[1.0] * BATCH,
         get_network_weight_list=lambda: [1.0] * BATCH, get_is_reg_list=lambda: [False] * BATCH,
-        loss_multiplier_list=[1.0] * BATCH, audio_pred=None, sigmas=None,
-    )  # fmt: skip
-    given = (noisy, noise, timesteps, [""] * BATCH, None)
+    )
     file = checkout / "extensions_built_in" / "sd_trainer" / "SDTrainer.py"
     anchor = " " * 16 + "elif self.train_config.loss_type == 'mean_flow':\n"
 
     def step(loss_type, *edits):
         Recipe.load("soar_ai_toolkit")
-        kind = edited(file, *edits).SDTrainer
-        trainer = object.__new__(kind)
-        settings = {"dtype": name, "loss_type": loss_type, "noise_scheduler": "flowmatch"}
-        trainer.__dict__.update(
-            train_config=TrainConfig(**settings), accelerator=accelerator(dtype), sd=sd,
-            device_torch=CPU, timer=Timer(), adapter=None, assistant_adapter=None, network=None,
-            embedding=None, adapter_config=None, decorator=None, dfe=None, do_long_prompts=False,
-            do_prior_prediction=False, do_guided_loss=False, is_caching_text_embeddings=False,
-            _clip_image_embeds_unconditional=None, unconditional_embeds=text(3, 1), snr_gos=None,
-            negative_prompt_pool=None, model_config=sd.model_config, additional_logs={},
+        config = TrainConfig(dtype=name, loss_type=loss_type, noise_scheduler="flowmatch")
+        trainer = made(
+            edited(file, *edits).SDTrainer, train_config=config, accelerator=accelerator(dtype),
+            sd=sd, timer=Timer(), device_torch=CPU, unconditional_embeds=text(3, 1),
+            model_config=sd.model_config, additional_logs={},
             process_general_training_batch=lambda batch: given,
-        )  # fmt: skip
+        )
         return trainer.train_single_accumulation(batch)
 
     recipe = above(anchor, PAGE["ai-toolkit"][0])
-    return noise, lambda: step("mse"), lambda: step("soar", recipe), model
+    return Trainer(noise, lambda: step("mse"), lambda: step("soar", recipe), model)
 
 
-def simpletuner(checkout: Path, dtype: torch.dtype) -> tuple:
+def simpletuner(checkout: Path, dtype: torch.dtype) -> Trainer:
     """Trainer._compute_model_prediction_loss of a model SD3."""
-    sys.path.insert(0, str(checkout))
     from simpletuner.helpers.models.sd3.model import SD3
     from simpletuner.helpers.models.sd3.transformer import SD3Transformer2DModel
 
-    net = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    net = filled(net, dtype)
-    config = SimpleNamespace(
-        seed=None, loss_type="l2", disable_accelerator=False, controlnet=False,
-        distillation_method=None, weight_dtype=dtype, base_weight_dtype=dtype,
-    )  # fmt: skip
-    model = object.__new__(SD3)
-    model.__dict__.update(
-        config=config, accelerator=accelerator(dtype), model=net, diff2flow_bridge=None
-    )
-    latents, noise = randn(1, BATCH, 16, 8, 8).to(dtype), randn(4, BATCH, 16, 8, 8).to(dtype)
+    net = sd3(SD3Transformer2DModel, dtype)
+    config = Loose(loss_type="l2", weight_dtype=dtype, base_weight_dtype=dtype)
+    parts = {"config": config, "accelerator": accelerator(dtype)}
+    model = made(SD3, model=net, **parts)
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8, dtype=dtype)
     sigmas = torch.tensor([0.9, 0.2]).view(-1, 1, 1, 1)
     batch = {"latents": latents, "noise": noise, "sigmas": sigmas, "input_noise": noise}
     batch["timesteps"] = model.flow_matching_timesteps_from_sigmas(sigmas.flatten())
@@ -394,24 +446,19 @@ def simpletuner(checkout: Path, dtype: torch.dtype) -> tuple:
         batch[f"{prefix}add_text_embeds"] = randn(seed + 8, BATCH, 8).to(dtype)
     file = checkout / "simpletuner" / "helpers" / "training" / "trainer.py"
     call = "model_pred = self.model_predict(\n    prepared_batch=prepared_batch,\n)\nloss, "
-    anchor = textwrap.indent(call, " " * 8)
 
     def step(*edits):
         Recipe.load("soar_simpletuner")
-        trainer = object.__new__(edited(file, *edits).Trainer)
-        trainer.__dict__.update(
-            config=config, accelerator=accelerator(dtype), model=model, _tlora_active=False,
-            noise_scheduler=SimpleNamespace(config=SimpleNamespace(prediction_type="flow")),
-        )  # fmt: skip
+        trainer = made(edited(file, *edits).Trainer, model=model, **parts)
+        trainer.noise_scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="flow"))
         return trainer._compute_model_prediction_loss(dict(batch))[0]
 
-    recipe = above(anchor, PAGE["SimpleTuner"][0])
-    return noise, step, lambda: step(recipe), net, accelerator(dtype).backward
+    recipe = above(textwrap.indent(call, " " * 8), PAGE["SimpleTuner"][0])
+    return Trainer(noise, step, lambda: step(recipe), net, accelerator(dtype).backward)
 
 
-def onetrainer(checkout: Path, dtype: torch.dtype) -> tuple:
+def onetrainer(checkout: Path, dtype: torch.dtype) -> Trainer:
     """BaseStableDiffusion3Setup.predict and calculate_loss."""
-    sys.path.insert(0, str(checkout))
     from diffusers import SD3Transformer2DModel
     from modules.model.StableDiffusion3Model import StableDiffusion3Model
     from modules.util.config.TrainConfig import TrainConfig
@@ -420,12 +467,7 @@ def onetrainer(checkout: Path, dtype: torch.dtype) -> tuple:
     from modules.util.enum.ModelType import ModelType
     from modules.util.TrainProgress import TrainProgress
 
-    net = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=4096, caption_projection_dim=16, pooled_projection_dim=2048,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    net = filled(net, dtype)
+    net = sd3(SD3Transformer2DModel, dtype, 4096, 2048)
     model = StableDiffusion3Model(ModelType.STABLE_DIFFUSION_35)
     model.transformer, model.autocast_context = net, contextlib.nullcontext()
     model.train_dtype = DataType.FLOAT_32 if dtype == torch.float32 else DataType.BFLOAT_16
@@ -437,8 +479,8 @@ def onetrainer(checkout: Path, dtype: torch.dtype) -> tuple:
     config.train_device, config.model_type = "cpu", ModelType.STABLE_DIFFUSION_35
     config.text_encoder.train = config.text_encoder_2.train = config.text_encoder_3.train = False
     config.timestep_shift, config.loss_scaler = 3.0, LossScaler.BATCH
-    batch = {"latent_image": randn(1, BATCH, 16, 8, 8).to(dtype)}
-    batch["loss_weight"] = torch.tensor([1.0, 3.0])
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8, dtype=dtype)
+    batch = {"latent_image": latents, "loss_weight": torch.tensor([1.0, 3.0])}
     widths = (768, 1280, 4096)
     for i, width in enumerate(widths):
         batch[f"text_encoder_{i + 1}_hidden_state"] = randn(2 + i, BATCH, 5, width).to(dtype)
@@ -446,27 +488,23 @@ def onetrainer(checkout: Path, dtype: torch.dtype) -> tuple:
     empty = [randn(8, 1, 5, width) for width in widths] + [randn(9, 1, x) for x in widths[:2]]
     encode = model.encode_text
     model.encode_text = lambda text=None, **x: encode(**x) if text is None else empty
-    noise = randn(4, BATCH, 16, 8, 8).to(dtype)
     file = checkout / "modules" / "modelSetup" / "BaseStableDiffusion3Setup.py"
     predict, loss = " " * 12 + "predicted_flow = ", " " * 8 + "return self._flow_matching_losses("
     recipe = [above(x, block) for x, block in zip((predict, loss), PAGE["OneTrainer"])]
 
     def step(*edits):
         Recipe.load("soar_onetrainer")
-        kind = edited(file, *edits).BaseStableDiffusion3Setup
-        kind.__abstractmethods__ = frozenset()
-        setup = kind(CPU, CPU, False)
+        setup = made(edited(file, *edits).BaseStableDiffusion3Setup, train_device=CPU)
         setup._create_noise = lambda *x: noise
         setup.setup_train_device = lambda *x: None
         data = setup.predict(model, batch, config, TrainProgress())
         return setup.calculate_loss(model, batch, data, config)
 
-    return noise, step, lambda: step(*recipe), net
+    return Trainer(noise, step, lambda: step(*recipe), net)
 
 
-def ltx_video(checkout: Path, dtype: torch.dtype) -> tuple:
+def ltx_video(checkout: Path, dtype: torch.dtype) -> Trainer:
     """LtxvTrainer._training_step with a given first frame."""
-    sys.path.insert(0, str(checkout / "src"))
     from diffusers import LTXVideoTransformer3DModel
     from ltxv_trainer.config import ConditioningConfig
     from ltxv_trainer.timestep_samplers import UniformTimestepSampler
@@ -477,94 +515,78 @@ def ltx_video(checkout: Path, dtype: torch.dtype) -> tuple:
         cross_attention_dim=16, num_layers=1, caption_channels=8,
     )  # fmt: skip
     net = filled(net, dtype)
-    latents, noise = randn(1, BATCH, 24, 16).to(dtype), randn(4, BATCH, 24, 16).to(dtype)
+    latents, noise = latents_and_noise(BATCH, 24, 16, dtype=dtype)
     sizes = {"num_frames": 2, "height": 3, "width": 4}
-    batch = {"latents": {name: torch.full((BATCH,), x) for name, x in sizes.items()}}
-    batch["latents"]["latents"] = latents
     mask = torch.ones(BATCH, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    prompts = {"prompt_embeds": randn(2, BATCH, 5, 8).to(dtype), "prompt_attention_mask": mask}
-    batch["conditions"] = prompts
+    batch = {
+        "latents": {name: torch.full((BATCH,), x) for name, x in sizes.items()},
+        "conditions": {
+            "prompt_embeds": randn(2, BATCH, 5, 8).to(dtype), "prompt_attention_mask": mask
+        },
+    }
+    batch["latents"]["latents"] = latents
     tokens = SimpleNamespace(input_ids=torch.zeros(1, 5), attention_mask=torch.ones(1, 5))
-
-    class Text:
-        device, dtype = CPU, torch.float32
-
-        def __call__(self, ids):
-            return (randn(3, 1, 5, 8),)
-
-    file = checkout / "src" / "ltxv_trainer" / "trainer.py"
-    recipe = above(" " * 8 + "# Run transformer forward pass\n", PAGE["LTX-Video-Trainer"][0])
-    def autocast(**inputs):  # as accelerate wraps the model
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return net(**inputs)
-
+    text_encoder = mock.Mock(device=CPU, dtype=torch.float32, return_value=(randn(3, 1, 5, 8),))
     settings = SimpleNamespace(negative_prompt="", inference_steps=50, guidance_scale=3.5)
     conditioning = ConditioningConfig(mode="none", first_frame_conditioning_p=1.0)
+    file = checkout / "src" / "ltxv_trainer" / "trainer.py"
+    recipe = above(" " * 8 + "# Run transformer forward pass\n", PAGE["LTX-Video-Trainer"][0])
+
+    def transformer(**inputs):  # as accelerate wraps the model
+        with autocast(dtype):
+            return net(**inputs)
 
     def step(*edits):
         Recipe.load("soar_ltx_video")
-        trainer = object.__new__(edited(file, *edits).LtxvTrainer)
-        trainer._config = SimpleNamespace(validation=settings, seed=42)
-        trainer._accelerator, trainer._transformer = accelerator(dtype), autocast
-        trainer._tokenizer, trainer._text_encoder = (lambda *x, **y: tokens), Text()
-        trainer._training_strategy = StandardTrainingStrategy(conditioning)
-        trainer._timestep_sampler = UniformTimestepSampler(0.1, 0.9)
-        torch.manual_seed(5)  # the levels
-        with mock.patch("torch.randn_like", lambda x, **y: noise):
-            return trainer._training_step(batch)
+        trainer = made(
+            edited(file, *edits).LtxvTrainer, _accelerator=accelerator(dtype),
+            _config=SimpleNamespace(validation=settings, seed=42), _transformer=transformer,
+            _tokenizer=lambda *x, **y: tokens, _text_encoder=text_encoder,
+            _training_strategy=StandardTrainingStrategy(conditioning),
+            _timestep_sampler=UniformTimestepSampler(0.1, 0.9),
+        )
+        return trainer._training_step(batch)
 
-    return noise, step, lambda: step(recipe), net, accelerator(dtype).backward
+    return Trainer(noise, step, lambda: step(recipe), net, accelerator(dtype).backward)
 
 
-def diffusion_pipe(checkout: Path, dtype: torch.dtype) -> tuple:
+def diffusion_pipe(checkout: Path, dtype: torch.dtype) -> Trainer:
     """SD3Pipeline.prepare_inputs, the layers and the loss, as DeepSpeed's engine calls them."""
-    forget("models", "utils")
-    sys.path.insert(0, str(checkout))
     from diffusers import SD3Transformer2DModel
     from models.sd3 import SD3Pipeline
 
-    net = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    net = filled(net, dtype)
+    net = sd3(SD3Transformer2DModel, dtype, 16, 16)
 
     def text(seed, rows):
         shapes = {"prompt_embed": (5, 6), "prompt_2_embed": (5, 6), "t5_prompt_embed": (4, 16)}
         shapes |= {"pooled_prompt_embed": (8,), "pooled_prompt_2_embed": (8,)}
         return {name: randn(seed, rows, *shape).to(dtype) for name, shape in shapes.items()}
 
-    inputs = text(2, BATCH) | {"latents": randn(1, BATCH, 16, 8, 8), "mask": None}
-    noise = randn(4, BATCH, 16, 8, 8)
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8)
+    inputs = text(2, BATCH) | {"latents": latents, "mask": None}
     encoders = {f"text_encoder{x}": object() for x in ("", "_2", "_3")}
+    encode = lambda self, encoder: lambda captions, _: text(3, 1)  # noqa: E731
 
     def step(kind):
-        pipe = object.__new__(kind)
-        pipe.config, pipe.model_config = {"activation_checkpointing": True}, {"shift": 3.0}
-        pipe.diffusers_pipeline = SimpleNamespace(transformer=net, **encoders)
-        with mock.patch.object(SD3Pipeline, "get_call_text_encoder_fn",
-                               lambda self, encoder: lambda captions, _: text(3, 1)):  # fmt: skip
+        parts = SimpleNamespace(transformer=net, **encoders)
+        settings = {"config": {"activation_checkpointing": True}, "model_config": {"shift": 3.0}}
+        pipe = made(kind, diffusers_pipeline=parts, **settings)
+        with mock.patch.object(SD3Pipeline, "get_call_text_encoder_fn", encode):
             for encoder in encoders.values():
                 pipe.get_call_text_encoder_fn(encoder)
-        torch.manual_seed(5)  # the levels
-        with mock.patch("torch.randn_like", lambda x: noise):
-            x, (target, _) = pipe.prepare_inputs(dict(inputs))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x, (target, _) = pipe.prepare_inputs(dict(inputs))
+        with autocast(dtype):
             for layer in pipe.to_layers():
                 x = layer(x)
         return pipe.get_loss_fn()(x, (target, torch.tensor([])))
 
-    def ours():
-        return step(Recipe.load("soar_diffusion_pipe").SoarPipeline)
-
-    return noise, lambda: step(SD3Pipeline), ours, net
+    ours = lambda: step(Recipe.load("soar_diffusion_pipe").SoarPipeline)  # noqa: E731
+    return Trainer(noise, lambda: step(SD3Pipeline), ours, net)
 
 
-def unirl(checkout: Path, dtype: torch.dtype) -> tuple:
+def unirl(checkout: Path, dtype: torch.dtype) -> Trainer:
     """FlowMatchSFT.compute_loss_and_backward with an SD3DiffusionStage."""
-    sys.path.insert(0, str(checkout))
     from diffusers import SD3Transformer2DModel
     from unirl.algorithms.sft import FlowMatchSFT
     from unirl.models.sd3.conditions import SD3Conditions
@@ -572,52 +594,38 @@ def unirl(checkout: Path, dtype: torch.dtype) -> tuple:
     from unirl.types.conditions import TextEmbedCondition
     from unirl.types.segments.latent import LatentSegment
 
-    net = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    net = filled(net, dtype)
-    bundle = SimpleNamespace(transformer=net, device=CPU)
-    stage = SD3DiffusionStage(model=bundle, step=SD3DiffusionStep(), strategy=None)
-
     def text(seed):
         return TextEmbedCondition(embeds=randn(seed, BATCH, 5, 8), pooled=randn(seed, BATCH, 8))
 
-    pipeline = SimpleNamespace(
-        diffusion=stage, text_embed=SimpleNamespace(embed=lambda texts: text(3))
-    )
-    noise = randn(4, BATCH, 16, 8, 8)
-    segment = LatentSegment(latents=randn(1, BATCH, 1, 16, 8, 8))
+    net = sd3(SD3Transformer2DModel, dtype)
+    bundle = SimpleNamespace(transformer=net, device=CPU)
+    stage = SD3DiffusionStage(model=bundle, step=SD3DiffusionStep(), strategy=None)
+    embed = SimpleNamespace(embed=lambda texts: text(3))
+    pipeline = SimpleNamespace(diffusion=stage, text_embed=embed)
+    latents, noise = latents_and_noise(BATCH, 16, 8, 8)
+    normal = torch.randn
+
+    def given(shape, **options):
+        return noise if shape == noise.shape else normal(shape, **options)
 
     def step(kind):
-        params = SimpleNamespace(guidance_scale=1.0)
         algorithm = kind(
-            pipeline=pipeline, params=params, conditions_cls=SD3Conditions, timestep_shift=3.0
-        )
-        normal = torch.randn
-
-        def given(shape, **options):
-            return noise if shape == noise.shape else normal(shape, **options)
-
-        torch.manual_seed(5)  # the levels
+            pipeline=pipeline, params=SimpleNamespace(guidance_scale=1.0),
+            conditions_cls=SD3Conditions, timestep_shift=3.0,
+        )  # fmt: skip
         with mock.patch("torch.randn", given):
             result = algorithm.compute_loss_and_backward(
-                conditions={"text": text(2)}, segment=segment, advantages=None,
-                training_progress=0.0, loss_scale=0.25,
+                conditions={"text": text(2)}, segment=LatentSegment(latents=latents.unsqueeze(1)),
+                advantages=None, training_progress=0.0, loss_scale=0.25,
             )  # fmt: skip
         return torch.tensor(result.loss)
 
-    def ours():
-        return step(Recipe.load("soar_unirl").FlowMatchSOAR)
-
-    return noise, lambda: step(FlowMatchSFT), ours, net
+    ours = lambda: step(Recipe.load("soar_unirl").FlowMatchSOAR)  # noqa: E731
+    return Trainer(noise, lambda: step(FlowMatchSFT), ours, net)
 
 
-def flow_matching(checkout: Path, dtype: torch.dtype) -> tuple:
+def flow_matching(checkout: Path, dtype: torch.dtype) -> Trainer:
     """train_one_epoch, of one batch; its loss scaler is told of one micro-batch of two."""
-    forget("models", "training")
-    sys.path[:0] = [str(checkout), str(checkout / "examples" / "image")]
     from models.unet import UNetModel
 
     net = UNetModel(
@@ -625,12 +633,11 @@ def flow_matching(checkout: Path, dtype: torch.dtype) -> tuple:
         attention_resolutions=(2,), channel_mult=(1, 2), num_classes=3,
     )  # fmt: skip
     net = filled(net, dtype)
-    noise = randn(4, BATCH, 4, 8, 8)
-    data = [(randn(1, BATCH, 4, 8, 8), torch.tensor([0, 2]))]
+    latents, noise = latents_and_noise(BATCH, 4, 8, 8)
     args = SimpleNamespace(
         accum_iter=2, discrete_flow_matching=False, class_drop_prob=0.0, skewed_timesteps=True,
         test_run=False, cfg_scale=1.5,
-    )  # fmt: skip
+    )
     file = checkout / "examples" / "image" / "training" / "train_loop.py"
     text = file.read_text()
     start = text.index(" " * 12 + "path_sample = path.sample(t=t, x_0=noise, x_1=samples)")
@@ -642,144 +649,92 @@ def flow_matching(checkout: Path, dtype: torch.dtype) -> tuple:
     def step(*edits):
         Recipe.load("soar_flow_matching")
         losses, optimizer = [], torch.optim.SGD(net.parameters(), lr=0.0)
-        levels = lambda count, device: torch.tensor([0.1, 0.8])  # noqa: E731
 
         def scaler(loss, optimizer, parameters, update_grad):
             losses.append(2 * loss)  # the loss was divided by accum_iter
 
         module = edited(file, *edits)
-        module.skewed_timestep_sample = levels
-        torch.manual_seed(5)
-        with mock.patch("torch.randn_like", lambda x: noise):
-            lr = SimpleNamespace(step=lambda: None)
-            module.train_one_epoch(net, data, optimizer, lr, CPU, 0, scaler, args)
+        module.skewed_timestep_sample = lambda count, device: torch.tensor([0.1, 0.8])
+        lr = SimpleNamespace(step=lambda: None)
+        data = [(latents, torch.tensor([0, 2]))]
+        module.train_one_epoch(net, data, optimizer, lr, CPU, 0, scaler, args)
         return losses[0]
 
-    return noise, step, lambda: step(*recipe), net
+    return Trainer(noise, step, lambda: step(*recipe), net)
 
 
-TRAINERS = {  # option: heading of the page, function, file of recipes/, driver
-    "diffsynth": ("DiffSynth-Studio", "FlowMatchSFTLoss", "soar_diffsynth", diffsynth),
-    "musubi": ("musubi-tuner", "process_batch", "soar_musubi", musubi),
-    "ai_toolkit": ("ai-toolkit", "train_single_accumulation", "soar_ai_toolkit", ai_toolkit),
-    "simpletuner": (
-        "SimpleTuner", "_compute_model_prediction_loss", "soar_simpletuner", simpletuner),
-    "sd_scripts": ("sd-scripts", "process_batch", "soar_sd_scripts", sd_scripts),
-    "onetrainer": ("OneTrainer", "predict", "soar_onetrainer", onetrainer),
-    "ltx_video": ("LTX-Video-Trainer", "_training_step", "soar_ltx_video", ltx_video),
-    "diffusion_pipe": ("diffusion-pipe", "SD3Pipeline", "soar_diffusion_pipe", diffusion_pipe),
-    "unirl": ("UniRL", "FlowMatchSFT", "soar_unirl", unirl),
-    "flow_matching": ("flow_matching", "train_one_epoch", "soar_flow_matching", flow_matching),
-}  # fmt: skip
-WRONG = {  # of each recipe: what is written wrong in its file, so that its loss must change
+TRAINERS = {  # option: its driver, and name on the page
+    "diffsynth": (diffsynth, "DiffSynth-Studio, `FlowMatchSFTLoss`"),
+    "musubi": (musubi, "musubi-tuner, `process_batch`"),
+    "ai_toolkit": (ai_toolkit, "ai-toolkit, `train_single_accumulation`"),
+    "simpletuner": (simpletuner, "SimpleTuner, `_compute_model_prediction_loss`"),
+    "sd_scripts": (sd_scripts, "sd-scripts, `process_batch`"),
+    "onetrainer": (onetrainer, "OneTrainer, `predict`"),
+    "ltx_video": (ltx_video, "LTX-Video-Trainer, `_training_step`"),
+    "diffusion_pipe": (diffusion_pipe, "diffusion-pipe, `SD3Pipeline`"),
+    "unirl": (unirl, "UniRL, `FlowMatchSFT`"),
+    "flow_matching": (flow_matching, "flow_matching, `train_one_epoch`"),
+}
+WRONG = {  # mistakes in a recipe that change its loss
     "diffsynth": [
-        ("timestep=(1000 * sigma)", "timestep=(sigma)"),
-        ("cond, uncond,", "cond, cond,"),
+        ("timestep=(1000 * sigma)", "timestep=(sigma)"), ("cond, uncond,", "cond, cond,"),
     ],
-    "musubi": [
-        ("1000 * sigma + offset", "1000 * sigma"),
-        ("[empty] * len", "[empty * 0] * len"),
-    ],
+    "musubi": [("1000 * sigma + offset", "1000 * sigma"), ("[empty] * len", "[empty * 0] * len")],
     "ai_toolkit": [("1000 * sigma, cond", "sigma, cond"), ("mask.sqrt()", "mask")],
     "simpletuner": [('new["timesteps"] =', 'new["times"] =')],
     "sd_scripts": [("w * sigma**2", "w"), ("context=cond[0]", "context=0 * cond[0]")],
     "onetrainer": [("1000 * sigma - 1", "1000 * sigma"), ("(timestep + 1)", "timestep")],
     "ltx_video": [
-        ("torch.where(known, 0, ", "torch.where(known, 1000, "),
-        ("1 / free", "0 * free + 1"),
+        ("torch.where(known, 0, ", "torch.where(known, 1000, "), ("1 / free", "0 * free + 1"),
     ],
     "diffusion_pipe": [
-        ("(z.detach(), 1000 * sigma", "(z.detach(), sigma"),
-        ("timestep / 1000", "timestep / 2000"),
+        ("(z.detach(), 1000 * sigma", "(z.detach(), sigma"), ("timestep / 1000", "timestep / 2000"),
     ],
     "unirl": [
-        ('"sigma": sigma,', '"sigma": 1 - sigma,'),
-        ("guidance_scale=4.5", "guidance_scale=1.5"),
+        ('"sigma": sigma,', '"sigma": 1 - sigma,'), ("guidance_scale=4.5", "guidance_scale=1.5"),
     ],
     "flow_matching": [
-        ("return -model(z, 1 - sigma", "return model(z, 1 - sigma"),
-        ("1 - t, config)", "t, config)"),
+        ("-model(z, 1 - sigma", "model(z, 1 - sigma"), ("1 - t, config", "t, config"),
     ],
-}
+}  # fmt: skip
 ROUNDED = {  # of trainers that round their times: what makes the recipe do so, to compare
-    "ltx_video": ("1000 * sigma.unsqueeze(1)", "(1000 * sigma).round().unsqueeze(1)"),
+    "ltx_video": [("1000 * sigma.unsqueeze(1)", "(1000 * sigma).round().unsqueeze(1)")],
 }
 NO_BF16 = {"flow_matching"}  # in float32 under CUDA's autocast, which a CPU does not have
 
 
-def gradients(loss: Tensor, model: torch.nn.Module, backward: Callable) -> dict[str, Tensor]:
-    """Those not 0, once the loss has run backward, unless the trainer already had it do so."""
-    if loss.requires_grad:
-        backward(loss)
-    found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-    model.zero_grad()
-    return {name: x for name, x in found.items() if x.isfinite().all() and x.any()}
-
-
-def equal(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float) -> bool:
-    both = (torch.cat([x[name].flatten() for name in sorted(x)]).double() for x in (left, right))
-    left, right = both
-    return left.shape == right.shape and bool((left - right).norm() < rtol * right.norm())
-
-
-def failures(name: str, trainer: tuple, dtype: torch.dtype) -> list[str]:
-    """What of SOAR did not run as it must, see the top."""
-    noise, theirs, ours, model, *backward = trainer
-    backward = backward[0] if backward else Tensor.backward
-    model.zero_grad()
-    with blocks_see(noise):
-        weights = gradients(theirs(), model, backward)
-    with blocks_see(noise) as seen:
-        loss = ours()
-        found = gradients(loss, model, backward)
-    with blocks_see(noise), mock.patch.object(Recipe, "one_sum", True):
-        at_once = gradients(ours(), model, backward)
-    checks = {
-        "seven terms": len(seen.terms) == 7,
-        "their sum": abs(loss.item() / sum(seen.terms) - 1) < 1e-5,
-        "guided": seen.guided,
-        "all weights": bool(weights) and set(weights) <= set(found),
-        "gradients": equal(found, at_once, 1e-4 if dtype == torch.float32 else 3e-2),
-    }
-    for wrong in WRONG[name]:
-        with blocks_see(noise), mock.patch.object(Recipe, "edits", [wrong]):
-            checks[wrong[1]] = abs(ours().item() / loss.item() - 1) > 1e-6
-    return [check for check, holds in checks.items() if not holds]
-
-
-def measure(name: str, checkout: Path, dtype: torch.dtype) -> tuple[float, list[str]]:
-    """How far the recipe is off; what did not run."""
-    trainer = TRAINERS[name][3](checkout, dtype)
-    noise, theirs, ours, *_ = trainer
-    edits = [ROUNDED[name]] if name in ROUNDED else []
-    with blocks_see(noise, 0.0), mock.patch.object(Recipe, "edits", edits):
-        off = abs(ours().item() / theirs().item() - 1)
-    return off, failures(name, trainer, dtype)
-
-
-def lines(name: str) -> int:
-    """Of the recipe's file, and of what the page pastes."""
-    heading, _, file, _ = TRAINERS[name]
-    text = (FILES / f"{file}.py").read_text()
-    return sum(block.count("\n") for block in [text, *PAGE.get(heading, [])])
+def row(name: str, checkout: str) -> str:
+    """A line of the page's last table. In a process of its own: two trainers have packages of the
+    same name."""
+    driver, title = TRAINERS[name]
+    folder = Path(checkout)
+    sys.path[:0] = [str(folder), str(folder / "src"), str(folder / "examples" / "image")]
+    sys.meta_path.insert(0, Absent())
+    texts = [(FILES / f"soar_{name}.py").read_text(), *PAGE.get(title.split(",")[0], [])]
+    cells, failed = [title, str(sum(text.count("\n") for text in texts))], []
+    with TemporaryDirectory() as work, contextlib.chdir(work):  # SimpleTuner writes a log there
+        for dtype in DTYPES.values():
+            if name in NO_BF16 and dtype == torch.bfloat16:
+                cells.append("-")
+                continue
+            trainer = driver(folder, dtype)
+            cells.append(f"{off(trainer, *ROUNDED.get(name, [])):.0e}")
+            failed += failures(trainer, WRONG[name], dtype)
+    return f"| {' | '.join(cells)} | {'no: ' + '; '.join(failed) if failed else 'yes'} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--environment", type=Path, required=True, help="made if it is not there")
     for name in TRAINERS:
-        parser.add_argument(f"--{name}", type=Path)
+        parser.add_argument(f"--{name}", type=Path, metavar="CHECKOUT")
     args = vars(parser.parse_args())
-    given = {name: args[name].resolve() for name in TRAINERS if args[name]}
-    sys.meta_path.insert(0, Absent())
-    os.chdir(mkdtemp())  # SimpleTuner writes a log there
-    for name, checkout in given.items():
-        heading, function, *_ = TRAINERS[name]
-        dtypes = [x for x in DTYPES if x == "float32" or name not in NO_BF16]
-        off, failed = zip(*(measure(name, checkout, DTYPES[x]) for x in dtypes))
-        cells = [f"{heading}, `{function}`", str(lines(name))]
-        cells += [f"{x:.0e}" for x in off] + [""] * (len(DTYPES) - len(off))
-        cells.append("no: " + "; ".join(sum(failed, [])) if any(failed) else "yes")
-        print(f"| {' | '.join(cells)} |", flush=True)
+    python = environment(args["environment"], PACKAGES, with_ours=True)
+    for name in TRAINERS:
+        if args[name]:
+            call = f"row({name!r}, {str(args[name].resolve())!r})"
+            code = f"from experiments.port.run_hooks import row; print({call})"
+            print(run(python, "-c", code).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

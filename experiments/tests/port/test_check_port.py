@@ -1,10 +1,9 @@
-"""check_port passes right ports for every bound and shift, and names each mistake of a table.
+"""check_port passes right ports for every bound and shift, and refuses each mistake of a table.
 
-The table is part of checks.md, which test_recipes.py keeps.
+The table is part of checks.md, which test_check_velocity.py keeps.
 """
 
 import re
-import warnings
 
 import pytest
 import torch
@@ -63,33 +62,19 @@ MISTAKES = {  # in words: what is changed in the port, and what the message must
         "sigma_next - sigma) *", "sigma - sigma_next) *", "goes up, not down"),
     "alpha from `sigma`": (
         "(sigma_aux - sigma_next) / (1 - sigma_next)", "(sigma_aux - sigma) / (1 - sigma)",
-        "alpha counts from sigma,"),
-    "alpha is `sigma_aux`": (
-        "(sigma_aux - sigma_next) / (1 - sigma_next)", "sigma_aux", "alpha is sigma_aux"),
+        "alpha must be"),
     "alpha not divided": (
         "(sigma_aux - sigma_next) / (1 - sigma_next)", "sigma_aux - sigma_next",
-        "must be divided by 1 - sigma_next"),
+        "alpha must be"),
     "`v`'s sign reversed in the step": ("* v_cfg", "* -v_cfg", "v's sign reversed"),
     "a step of 1 / K in sigma": (
         "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
         "(sigma - 1 / config.num_sampling_steps).clamp(min=0)",
-        "steps 1 / K in sigma"),
-    "the same, to `t_min`": (
-        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
-        "(sigma - 1 / config.num_sampling_steps).clamp(min=config.t_min)",
-        "steps 1 / K in sigma"),
-    "the same, to sigma(t_min)": (
-        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
-        "torch.maximum(sigma - 1 / config.num_sampling_steps, level(config.t_min + 0 * t))",
-        "steps 1 / K in sigma"),
-    "two steps": ("(t - 1 / config", "(t - 2 / config", "several steps"),
-    "a floor of 0": (".clamp(min=config.t_min)", ".clamp(min=0)", "its floor is 0"),
-    "a floor of `t_min` in sigma": (
-        "level((t - 1 / config.num_sampling_steps).clamp(min=config.t_min))",
-        "level(t - 1 / config.num_sampling_steps).clamp(min=config.t_min)",
-        "its floor is t_min"),
-    "another number of steps": ("config.num_sampling_steps", "30", "number of steps"),
-    "the clean end not kept": (".clamp(min=config.t_min)", "", "not clamped at t_min"),
+        "rollout ends"),
+    "two steps": ("(t - 1 / config", "(t - 2 / config", "rollout ends"),
+    "a floor of 0": (".clamp(min=config.t_min)", ".clamp(min=0)", "rollout ends"),
+    "another number of steps": ("config.num_sampling_steps", "30", "rollout ends"),
+    "the clean end not kept": (".clamp(min=config.t_min)", "", "rollout ends"),
     "the bound not kept": ("sigma_aux = sigma_next + u * (sigma_upper - sigma_next)",
                            "sigma_aux = sigma_next + u * (1 - sigma_next)", "expected within"),
     "a target in bf16": (
@@ -99,12 +84,10 @@ MISTAKES = {  # in words: what is changed in the port, and what the message must
     "states in bf16": ("z_aux = (1 - alpha) * z_hat + alpha * z1",
                        "z_aux = ((1 - alpha) * z_hat + alpha * z1).bfloat16().float()",
                        "states .* half precision"),
-    "divided by `sigma`": ("z0) / expand(sigma_aux)", "z0) / expand(sigma)",
-                           "divided by sigma, the level before"),
     "divided by `sigma_next`": ("z0) / expand(sigma_aux)", "z0) / expand(sigma_next)",
-                                "divided by sigma_next"),
+                                "divide by the level of the point"),
     "SFT's target": ("(z_aux - z0) / expand(sigma_aux)", "z1 - z0", "as in SFT"),
-    "the target's sign reversed": ("(z_aux - z0) /", "(z0 - z_aux) /", "sign is reversed"),
+    "the target's sign reversed": ("(z_aux - z0) /", "(z0 - z_aux) /", "divide by the level of the point"),
     "the rollout with a graph": ("torch.no_grad()", "torch.enable_grad()", "graph"),
     "levels up to 1000": ("yield z_aux, sigma_aux", "yield z_aux, 1000 * sigma_aux",
                           "noise levels from 0 to 1"),
@@ -167,7 +150,7 @@ def test_a_right_port_passes(change):
     assert check_port(made(PORT.replace(*change) if change[0] else PORT), generator=rng()) < 5e-6
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31), shift=st.floats(0.3, 12.0), steps=st.integers(2, 200),
     w=st.floats(0.0, 9.0), ratio=st.floats(1.0, 4.0) | st.just(float("inf")),
@@ -177,8 +160,7 @@ def test_a_right_port_passes_for_every_bound_and_shift(seed, shift, steps, w, ra
     config = soar.SoarConfig(shift=shift, num_sampling_steps=steps, guidance_scale=w,
                              sigma_upper_ratio=ratio, num_aux_points=points)  # fmt: skip
     for port in (made(PORT), soar_itself):
-        with warnings.catch_warnings(action="ignore"):  # of few steps
-            assert check_port(port, [config], generator=rng(seed)) < 1e-4
+        assert check_port(port, [config], generator=rng(seed)) < 1e-4
 
 
 @pytest.mark.parametrize("old, new, named", MISTAKES.values(), ids=MISTAKES)
@@ -187,24 +169,11 @@ def test_a_mistake_is_named(old, new, named):
     assert re.search(named, message_of(made(PORT.replace(old, new))))
 
 
-@pytest.mark.parametrize("floor, named", [(None, "not clamped"), (0, "its floor is 0")])
-def test_at_shift_1_the_floor_is_named_and_not_the_step(floor, named):
-    port = made(PORT.replace(".clamp(min=config.t_min)", "" if floor is None else ".clamp(min=0)"))
-    with pytest.raises(ValueError, match=named) as caught:
-        check_port(port, [soar.SoarConfig(shift=1.0)], generator=rng())
-    assert "in sigma" not in str(caught.value)
-
-
 def test_a_port_without_a_bound_is_told_which_configs_to_give():
     port = made(PORT.replace("sigma * config.sigma_upper_ratio", "sigma / sigma"))
     assert check_port(port, [soar.SoarConfig()], generator=rng()) < 5e-6
     with pytest.raises(ValueError, match=r"configs=\[SoarConfig\(\)\]"):
         check_port(port, generator=rng())
-
-
-def test_fewer_than_40_steps_give_a_warning():
-    with pytest.warns(UserWarning, match="num_sampling_steps is 39"):
-        check_port(made(PORT), [soar.SoarConfig(num_sampling_steps=39)], generator=rng())
 
 
 def table() -> str:
