@@ -357,6 +357,7 @@ def sd_scripts(checkout: Path, dtype: torch.dtype) -> Trainer:
     )  # fmt: skip
     model.pos_embed.copy_(randn(9, *model.pos_embed.shape))
     model = filled(model, dtype)
+    strategy_base.TextEncodingStrategy._strategy = None  # else it refuses a second one
     strategy = strategy_sd3.Sd3TextEncodingStrategy()
     strategy_base.TextEncodingStrategy.set_strategy(strategy)
     args = script.setup_parser().parse_args("--seed 0 --training_shift 3".split())
