@@ -37,7 +37,7 @@ from soar import (
 EDGES = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the levels sigma_aux
 STEPS = (4, 7, 10, 14, 20, 28, 40, 100, 1000)  # K
 ERRORS = ("on", "off", "blind", "shift")
-THRESHOLD = 0.01  # of the shift over the error on the ideal path, above which SOAR is not SFT
+THRESHOLD = 0.01  # of the shift over the error on the path, above which SOAR is not SFT
 
 
 def square(x: Tensor) -> Tensor:
@@ -73,9 +73,8 @@ def errors_of(velocity, z0, draws: Draws, cond, uncond, config: SoarConfig) -> d
 
 
 def shift_at(steps: int, e: Tensor, draws: Draws, config: SoarConfig) -> Tensor:
-    """(P,): the shift, had the rollout one of these steps, by its closed form
-
-        target - (z1 - z0) = (1 - sigma_aux) / (1 - sigma_next) (sigma_next - sigma) e / sigma_aux"""
+    """(P,): the shift, had the rollout one of these steps, by its closed form: target - (z1 - z0)
+    is (1 - sigma_aux) / (1 - sigma_next) (sigma_next - sigma) e / sigma_aux."""
     t = draws.t.to(e)
     sigma = sigma_from_t(t, config.shift)
     sigma_next = sigma_from_t((t - 1 / steps).clamp(min=config.t_min), config.shift)
