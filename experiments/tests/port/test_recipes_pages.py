@@ -1,7 +1,7 @@
 """The code of the pages runs: recipes.md's blocks for any trainer, in a stub that has the names of
 their place, the checkpoint of evaluation.md, and the commands; the tables are what is found.
 
-    python -m experiments.tests.port.test_recipes_pages  # writes the tables of recipes.md, checks.md
+    python -m experiments.tests.port.test_recipes_pages  # writes their tables
 
 The rest of recipes.md: test_recipes_scripts.py and test_recipes_hooks.py.
 """
