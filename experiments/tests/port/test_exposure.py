@@ -1,11 +1,9 @@
 """exposure: the errors at the points of a rollout, and the verdict."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from experiments.port.exposure import STEPS, errors_of, exposure
+from experiments.port.exposure import errors_of, exposure
 from experiments.theory.optimum import exact_flow
 from soar import SoarConfig, draw, sigma_from_t
 
@@ -35,33 +33,28 @@ def test_errors_are_those_of_a_model_that_is_off_by_a_constant(steps):
         "off": (bias - shift) ** 2,
         "blind": (bias - shift) ** 2,  # it sees nothing
         "shift": shift**2,
-        "e": torch.full((6,), bias**2),
     }
     assert set(found) == set(expected)
     for name, x in expected.items():  # to float32's error of (z - z0) / sigma
         torch.testing.assert_close(found[name], x.flatten(), rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("w, ratio", [(3.0, torch.inf), (1.0, 1.5)])
-def test_shift_of_its_own_steps_is_the_one_measured(w, ratio):
-    """Measured at the points of its K; in closed form at every K, and less at larger ones."""
-    config = SoarConfig(num_sampling_steps=10, guidance_scale=w, sigma_upper_ratio=ratio)
-    z0, _ = batch(config, 32)
-    cond, uncond = torch.ones(32), torch.zeros(32)
+def test_the_rollout_is_guided_and_every_draw_counts():
+    """The error of v_cfg is w (v_cond - v_uncond): the shift grows as its square."""
+    z0, _ = batch(SoarConfig(), 32)
+    cond, uncond, shifts = torch.ones(32), torch.zeros(32), []
 
-    def velocity(z, sigma, c):
-        return 0.3 * z + c.view(-1, 1, 1) * sigma.view(-1, 1, 1)
+    def velocity(z, sigma, c):  # exact, but for the condition
+        exact = (z - z0) / sigma.view(-1, 1, 1)
+        return exact + c.view(-1, 1, 1)
 
-    generator = torch.Generator().manual_seed(1)
-    found = exposure(velocity, z0, cond, uncond, config, generator=generator)
-    assert len(found.errors["sigma"]) == 4 * 6 * 32 and set(found.shift_by_steps) == set(STEPS)
-    shift = float(found.errors["shift"].mean())
-    assert found.shift_by_steps[10] == pytest.approx(shift, rel=1e-4)
-    values = [found.shift_by_steps[k] for k in STEPS]
-    assert values == sorted(values, reverse=True)
-    other = replace(config, guidance_scale=2.0)
-    found = exposure(velocity, z0, cond, uncond, other, generator=generator.manual_seed(1))
-    assert found.shift_by_steps[10] != pytest.approx(shift, rel=1e-2)
+    for w in (2.0, 6.0):
+        generator = torch.Generator().manual_seed(1)
+        config = SoarConfig(num_sampling_steps=10, guidance_scale=w)
+        found = exposure(velocity, z0, cond, uncond, config, generator=generator)
+        assert len(found.errors["sigma"].unique()) > 4 * 6 * 30
+        shifts.append(float(found.errors["shift"].mean()))
+    assert shifts[1] == pytest.approx(9 * shifts[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("steps, verdict", [(1000, "is SFT"), (4, "is more than SFT")])
@@ -76,9 +69,7 @@ def test_the_verdict_follows_the_shift_over_the_error_on_the_ideal_path(steps, v
     on, shift = (float(found.errors[name].mean()) for name in ("on", "shift"))
     assert found.share == pytest.approx(shift / on)
     assert (found.share > 0.01) == (verdict == "is more than SFT")
-    largest = max(k for k in STEPS if found.shift_by_steps[k] > 0.01 * on)
-    text = str(found)
-    assert f"A short run of SOAR {verdict}" in text and f"K = {largest} and below" in text
+    assert f"A short run of SOAR {verdict}" in str(found)
 
 
 @pytest.mark.parametrize("data_std, share", [(0.2, 0.24), (1.0, 0.005)])
