@@ -232,7 +232,7 @@ def diffsynth(patch, **more) -> Trainer:
     return Trainer(NOISE[:1], theirs, ours, net)
 
 
-def onetrainer(patch, **settings) -> Trainer:
+def onetrainer(patch, kind="STANDARD", offload=False, activations=False, **settings) -> Trainer:
     """BaseStableDiffusion3Setup.predict at the place of the page's block, then calculate_loss."""
     level_weights = SimpleNamespace(SIGMA="sigma", CONSTANT="constant")
     fake(patch, "modules.util.enum.LossWeight", LossWeight=level_weights)
@@ -254,19 +254,24 @@ def onetrainer(patch, **settings) -> Trainer:
     zeros = ("mae_strength", "log_cosh_strength", "huber_strength", "masked_training",
              "offset_noise_weight", "perturbation_noise_weight", "text_encoder_layer_skip",
              "text_encoder_2_layer_skip", "text_encoder_3_layer_skip")  # fmt: skip
-    config = SimpleNamespace(**(dict.fromkeys(zeros, 0) | {
-        "mse_strength": 0.5, "train_text_encoder_or_embedding": lambda: False,
+    encoders = [f"train_text_encoder{i}_or_embedding" for i in ("", "_2", "_3")]
+    config = SimpleNamespace(**(dict.fromkeys(zeros, 0) | dict.fromkeys(encoders, lambda: False) | {
+        "mse_strength": 0.5, "optimizer": SimpleNamespace(fused_back_pass=True), "multi_gpu": False,
         "loss_weight_fn": "sigma", "batch_size": 2, "gradient_accumulation_steps": 3,
         "loss_scaler": SimpleNamespace(get_scale=lambda batch, steps: batch * steps),
         "model_type": SimpleNamespace(has_conditioning_image_input=lambda: False),
-        "transformer": SimpleNamespace(attention_mask=False), **settings,
+        "transformer": SimpleNamespace(
+            attention_mask=False, offloading_enabled=lambda: offload,
+            activation_offloading=activations,
+        ), **settings,
     }))  # fmt: skip
     setup = {"train_device": "cpu", "setup_train_device": lambda *x: None}
 
     def ours():
         Recipe.load("soar_onetrainer")
         generator = torch.Generator().manual_seed(0)
-        call = (model, {"loss_weight": ROWS}, config, generator, Z0, (1000 * SIGMAS - 1).round())
+        batch = {"loss_weight": ROWS, "concept_type": [kind] * 2}
+        call = (model, batch, config, generator, Z0, (1000 * SIGMAS - 1).round())
         return calculate_loss(predict(SimpleNamespace(**setup), *call, COND, COND[:, 0]))
 
     def theirs():
@@ -432,11 +437,13 @@ def test_recipe_is_its_loss_at_lambda_zero_and_takes_a_soar_step(stub, patch):
     (ai_toolkit, {"linear_timesteps2": True}), (ai_toolkit, {"do_guidance_loss": True}),
     (ai_toolkit, {"blank_prompt_preservation": True}), (simpletuner, {"loss_type": "huber"}),
     (sd_scripts, {"alpha_masks": torch.ones(BATCH, 8, 8)}), (onetrainer, {"masked_training": True}),
-    (diffsynth, {"cfg_scale": 1}), (diffsynth, {"min_timestep_boundary": 1}),
+    (onetrainer, {"train_text_encoder_3_or_embedding": lambda: True}),
+    (onetrainer, {"kind": "PRIOR_PREDICTION"}), (onetrainer, {"activations": True}),
+    (onetrainer, {"offload": True}), (diffsynth, {"cfg_scale": 1}), (diffsynth, {"min_timestep_boundary": 1}),
     (diffsynth, {"first_frame_latents": 1}), (diffusion_pipe, {"huber_delta": 1}),
 ])  # fmt: skip
 def test_a_setting_that_a_recipe_would_get_wrong_is_refused(stub, settings, patch):
-    with pytest.raises(ValueError, match="this recipe is for|SOAR|loss_type"):
+    with pytest.raises(ValueError, match="this recipe is for|SOAR|loss_type|soar_onetrainer: not with"):
         stub(patch, **settings).ours()
 
 
