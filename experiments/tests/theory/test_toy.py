@@ -10,7 +10,9 @@ import torch
 
 from experiments.tests.common import ROOT
 from experiments.theory import toy
-from experiments.theory.toy import ARMS, CLASSES, EMPTY, MODE_STD, Args, Model, data, distance
+from experiments.theory.toy import (
+    ARMS, CLASSES, EMPTY, MODE_STD, Args, Model, data, distance,
+)  # fmt: skip
 from soar import SoarConfig, draw, soar_terms
 
 TINY = Args(
