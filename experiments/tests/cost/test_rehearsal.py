@@ -77,8 +77,7 @@ def attend(x, weight, kernel):
 def factors(dtype: torch.dtype) -> list[torch.Tensor]:
     """What attend takes."""
     shapes = ((2, 8, 32), (32, 32), (3, 2, 3, 3))
-    made = [torch.randn(x, generator=sample.seeded(*x)).to(dtype) for x in shapes]
-    return [x.requires_grad_() for x in made]
+    return [torch.randn(x, generator=sample.seeded(*x)).to(dtype).requires_grad_() for x in shapes]
 
 
 def products_and_gradients() -> list[torch.Tensor]:
