@@ -1,4 +1,4 @@
-"""The table and the figures of experiments.shapes.sft_vs_soar, from its results.json; geometry.png needs no results.
+"""The table and the figures of experiments.shapes.sft_vs_soar, from its results.json.
 
     python -m experiments.shapes.figures output/sft_vs_soar/quick --output_dir experiments/shapes/results
 """
@@ -8,11 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 import tyro
 from PIL import Image
-
-from soar import correction_target, guided_velocity, interpolate, renoise, rollout_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -20,44 +17,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLORS = {"base": "#777777", "sft": "#d95f02", "soar": "#1b6ca8"}
 NAMES = {"base": "base", "sft": "SFT", "soar": "SOAR"}
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100}
-
-
-def geometry(path: Path) -> None:
-    """One SOAR step in two dimensions, by soar.py's functions: a velocity that is wrong by a constant, and K small, for
-    the drift to be seen."""
-    z0, z1 = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 1.0]])
-    sigma, sigma_next = torch.tensor([0.85]), torch.tensor([0.5])
-    v_uncond, v_cond = z1 - z0 + torch.tensor([[0.0, -0.35]]), z1 - z0 + torch.tensor([[0.1, -0.75]])
-    z = interpolate(z0, z1, sigma)
-    z_hat = rollout_step(z, guided_velocity(v_uncond, v_cond, 4.5), sigma, sigma_next)
-    at = lambda x: x[0].tolist()  # noqa: E731
-    fig, ax = plt.subplots(figsize=(8, 4.2))
-    ax.plot(*zip(at(z0), at(z1)), color="#bbbbbb", lw=2, zorder=1)
-    ax.text(1.1, 0.0, "ideal path: $(1-\\sigma)\\,z_0 + \\sigma\\,z_1$", color="#777777")
-    ax.plot(*zip(at(z_hat), at(z1)), color="#d95f02", lw=1.2, ls=":", zorder=1)
-    ax.annotate("", at(z_hat), at(z), arrowprops={"arrowstyle": "-|>", "color": "#d95f02", "lw": 2, "shrinkA": 5})
-    ax.text(2.55, 1.32, "one guided sampler step, no gradient", color="#d95f02", ha="center")
-    for i, level in enumerate((0.56, 0.66, 0.76, 0.88)):
-        sigma_aux = torch.tensor([level])
-        z_aux = renoise(z_hat, z1, sigma_next, sigma_aux)
-        target = correction_target(z_aux, z0, sigma_aux)
-        tip = z_aux - 0.45 * sigma_aux * target  # all the way, sigma_aux times the target, leads to z0
-        arrow = {"arrowstyle": "-|>", "color": "#1b6ca8", "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", at(tip), at(z_aux), arrowprops=arrow)
-        ax.plot(*zip(at(z_aux), at(z0)), color="#1b6ca8", lw=0.5, alpha=0.5, zorder=0)
-        ax.plot(*at(z_aux), "o", color="#1b6ca8", ms=6, label=i and "_" or "re-noised points and their targets")
-    for point, name, shift, color in (
-        (z0, "$z_0$, clean", (-0.1, -0.28), "black"),
-        (z1, "$z_1$, noise", (-0.05, -0.28), "black"),
-        (z, "$z$ at $\\sigma$", (0.0, -0.26), "#777777"),
-        (z_hat, "$\\hat z$ at $\\sigma_\\mathrm{next}$", (-0.75, 0.0), "#d95f02"),
-    ):
-        ax.plot(*at(point), "o", color=color, ms=8)
-        ax.text(point[0, 0] + shift[0], point[0, 1] + shift[1], name, color=color)
-    ax.legend(frameon=False, loc="lower right")
-    ax.set(xlim=(-0.4, 4.6), aspect="equal")
-    ax.axis("off")
-    save(fig, path)
 
 
 def score(result: dict, path: Path) -> None:
@@ -148,10 +107,9 @@ def save(fig, path: Path) -> None:
 
 
 def draw_all(result: dict, folder: Path, output_dir: Path) -> None:
-    """geometry.png, score.png, drift.png and sheet.png, in output_dir; folder holds the runs of result."""
+    """score.png, drift.png and sheet.png, in output_dir; folder holds the runs of result."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        geometry(output_dir / "geometry.png")
         if result["curves"]:
             score(result, output_dir / "score.png")
         if result["drift"]:

@@ -10,7 +10,7 @@ An arm is a training run on the curated pairs; its steps are train.py's, with th
 and with latents and prompts encoded once. Images have sample.py's noise for the same seed. Finished runs are kept in
 output_dir/SETTING, and the same command goes on from there; runs are shared out to processes of one thread each, so
 that results do not depend on their number. Written there: ARM-SEED.json, ARM-SEED.safetensors (weights), results.json
-and table.md, and the figures geometry.png, score.png, drift.png and sheet.png (experiments/shapes/figures.py).
+and table.md, and the figures score.png, drift.png and sheet.png (experiments/shapes/figures.py).
 """
 
 import contextlib

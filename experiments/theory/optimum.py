@@ -1,15 +1,9 @@
 """What SOAR's loss converges to, computed where the exact flow is known.
 
-    python -m experiments.theory.optimum                                 # the published setting
-    python -m experiments.theory.optimum --num_sampling_steps 20 --guidance_scale 1 --json
-    python -m experiments.theory.optimum --sweep experiments/theory/results     # the tables and the figure
-
-Let v* be the exact flow, E[z1 - z0 | z]. An unguided rollout z_hat = z + (sigma_next - sigma) v*
-is a function of z alone, so E[z0 | z_hat] = E[z0 | z] = z - sigma v*(z, sigma), and at z_hat the
-correction target (z_hat - z0) / sigma_next is on average v*(z, sigma): the velocity of the level
-before, not v*(z_hat, sigma_next). The exact flow is therefore no stationary point of the loss, but
-for K to infinity or lambda N = 0. A guided rollout moves the target by
-(w - 1) (v_cond - v_uncond) (sigma_next - sigma) / sigma_next more, against guidance.
+    python -m experiments.theory.optimum                 # the published setting
+    python -m experiments.theory.optimum --num_sampling_steps 20 --guidance_scale 1
+    python -m experiments.theory.optimum --sweep experiments/theory/results   # tables and figure
+    python -m experiments.theory.optimum --levels experiments/shapes/results/levels.json
 
 The world: a prompt c ~ N(0, 1) and z0 = c + data_std n. The empty prompt is the marginal over c,
 N(0, 1 + data_std^2), with its exact velocity a(sigma) z: without caption dropout nothing trains it.
@@ -19,17 +13,18 @@ current velocity: the optimum is the fixed point. All of a term is linear in (c,
 path z1), so soar.py's own functions are run on the coefficients of these, and only t and sigma_aux
 are left to integrate, by quadrature: no sampling.
 
-Printed, for samples of 40 and 200 Euler steps: the mean's gain, E[sample | c] / c, and the standard
-deviation over the data's. At guidance 1 the exact flow has 1 and 1, but for the error of its Euler
-steps. The rows without a condition are of a world that has none: z0 = data_std n, unguided.
+Printed, for samples of 200 Euler steps at guidance 1 and 4.5 and each data_std: the standard
+deviation over the data's, and the mean's gain, E[sample | c] / c. At guidance 1 the exact flow has
+1 and 1, but for the error of its Euler steps.
 """
 
 import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -46,29 +41,28 @@ from soar import (
     t_from_sigma,
 )
 
-Uncond = Literal["marginal", "trained", "point"]
+DATA_STDS = (0.1, 0.2, 0.5, 1.0)
 TOP = 14.0  # the highest level's logit; at level 1 itself every term has the exact flow for optimum
 
 
 @dataclass(frozen=True)
 class Args:
     soar: Annotated[SoarConfig, tyro.conf.arg(name="")] = field(default_factory=SoarConfig)
-    data_std: float = 0.5
+    data_stds: tuple[float, ...] = DATA_STDS
     """Of the data, given c."""
-    json: bool = False
-    """Print one JSON object per line, one line per row."""
-    uncond: Uncond = "marginal"
-    """The velocity without a prompt: of the marginal over c, exact; the same trained by SOAR, as by
-    any caption dropout; or, for comparison, that of the single prompt c = 0."""
+    caption_dropout: bool = False
+    """At any rate: then the velocity without a prompt is trained too, by SOAR."""
     mislabelled: bool = False
     """The mistake of a port: the state stands (sigma_aux - sigma_next) / (sigma_upper - sigma_next)
     of the way to z1, but its level is said to be sigma_aux."""
     sweep: Path | None = None
     """Solve all settings of the page instead; optimum.json and optimum.png are written there."""
+    levels: Path | None = None
+    """Print instead, by level, what SOAR changes for latents of these "latent_noises"."""
 
     def __post_init__(self):
-        if not 0 < self.data_std < math.inf:
-            raise ValueError(f"--data_std is {self.data_std}, expected a number > 0")
+        if not self.data_stds or not all(0 < x < math.inf for x in self.data_stds):
+            raise ValueError(f"--data_stds is {self.data_stds}, expected numbers > 0")
 
 
 # --- Velocities a(sigma) z + b(sigma) c ---
@@ -82,7 +76,7 @@ class LinearVelocity:
     conditional: bool = True
     logits: Tensor | None = None  # (L,) logit of sigma, ascending; None: the exact flow
     differences: Tensor | None = None  # (L, 2), of a and b
-    uncond: "LinearVelocity | None" = None  # what guidance starts from; None: this one at c = 0
+    uncond: "LinearVelocity | None" = None  # what guidance starts from; None: this one, without c
 
     def __call__(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """a and b at levels sigma, any shape, float64. Levels below the lowest one, which nothing
@@ -111,10 +105,9 @@ def place(sigma: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return index, (x - low) / (high - low)
 
 
-def exact_flow(data_std: float, conditional: bool = True, uncond="marginal") -> LinearVelocity:
+def exact_flow(data_std: float, conditional: bool = True) -> LinearVelocity:
     marginal = LinearVelocity(math.hypot(1, data_std), conditional=False)
-    other = conditional and uncond != "point"
-    return LinearVelocity(data_std, conditional, uncond=marginal if other else None)
+    return LinearVelocity(data_std, conditional, uncond=marginal if conditional else None)
 
 
 def sampled(velocity: LinearVelocity, steps: int, guidance: float, shift: float = 3.0) -> tuple:
@@ -310,139 +303,26 @@ def solve(
                      f"no optimum was found for {config}")  # fmt: skip
 
 
-# --- The size of the target's shift, for the exact flow ---
-
-EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of sigma_aux
-STEPS = (10, 20, 40, 100)  # K
-
-
-def target_shift(config: SoarConfig, data_std: float, nodes: int = 200) -> dict:
-    """The mean square of target - (z1 - z0) over the auxiliary points of the ODE path, rolled out
-    by the exact flow: of all, by sigma_aux between EDGES, and the part of it that is due to
-    t < 1 / K; and these t's share of the samples. By quadrature in t and in log sigma_aux."""
-    roots, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(nodes))
-    step = 1 / config.num_sampling_steps
-    cuts = [config.t_min, min(step, 0.999), min(step + config.t_min, 0.9999), 1 - 1e-7]
-    ends = torch.logit(torch.tensor(cuts, dtype=torch.float64))
-    half = (ends[1:] - ends[:-1])[:, None] / 2
-    x = (ends[:-1, None] + half * (1 + roots)).flatten()
-    mass = (half * weights).flatten() * log_density(x, config).exp()
-    t = torch.sigmoid(x).clamp(min=config.t_min)
-    sigma = sigma_from_t(t, config.shift)
-    sigma_next = sigma_from_t((t - step).clamp(min=config.t_min), config.shift)
-    square = (sigma_next - sigma) ** 2 * guided_error(sigma, config, data_std)
-
-    # At sigma_aux the part (1 - sigma_aux) / (1 - sigma_next) of the rollout's error is left, and
-    # the target divides it by sigma_aux.
-    sigma_next = sigma_next[:, None]
-    upper = (config.sigma_upper_ratio * sigma).clamp(max=1)[:, None]
-    low = torch.maximum(sigma_next, torch.tensor(EDGES[:-1]))
-    high = torch.minimum(upper, torch.tensor(EDGES[1:]))
-    width = (high / low).log().clamp(min=0)[..., None] / 2
-    sigma_aux = low[..., None] * (width * (1 + roots)).exp()
-    measure = width * weights * sigma_aux
-    left = (1 - sigma_aux) / sigma_aux / (1 - sigma_next)[..., None]
-    chance = mass[:, None] / (upper - sigma_next)
-    points = chance * measure.sum(-1)
-    by_level = chance * square[:, None] * (measure * left**2).sum(-1)
-    early = t < step
-    return {
-        "samples": float(mass[early].sum() / mass.sum()),
-        "all": float(by_level.sum() / points.sum()),
-        "early": float(by_level[early].sum() / by_level.sum()),
-        "levels": (by_level.sum(0) / points.sum(0)).tolist(),
-    }
-
-
-def guided_error(sigma: Tensor, config: SoarConfig, data_std: float) -> Tensor:
-    """The mean square of the exact flow's guided velocity - (z1 - z0), at levels sigma (L,)."""
-    c, n, z1 = torch.eye(3, dtype=torch.float64)[:, None].expand(3, len(sigma), 3)
-    z0 = c + data_std * n
-    z = interpolate(z0, z1, sigma)
-    flow = exact_flow(data_std)
-    a, b = (x[:, None] for x in flow(sigma))
-    v_uncond = flow.uncond(sigma)[0][:, None] * z
-    v = guided_velocity(v_uncond, a * z + b * c, config.guidance_scale)
-    return ((v - (z1 - z0)) ** 2).sum(1)
-
-
-def short(x: float) -> str:
-    """Two digits, without an exponent where that is short."""
-    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
-
-
-def shift_table(data_std: float = 0.5) -> str:
-    """Markdown, at guidance 1 and the published one."""
-    head = ["K", "t < 1 / K", "w", "mean square", "due to these", "sigma_aux"]
-    head[-1] += f" to {EDGES[1]:g}"
-    head += [f"to {x:g}" for x in EDGES[2:]]
-    lines = [line_of(head), "| ---: " * len(head) + "|"]
-    for steps in STEPS:
-        for w in (1.0, 4.5):
-            config = SoarConfig(num_sampling_steps=steps, guidance_scale=w)
-            x = target_shift(config, data_std)
-            cells = [f"{steps}", f"{x['samples']:.2%}", f"{w:g}"]
-            cells += [short(x["all"]), f"{x['early']:.0%}"]
-            lines.append(line_of(cells + [short(level) for level in x["levels"]]))
-    return "\n".join(lines) + "\n"
+# --- Table, figure ---
 
 
 def line_of(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# --- Rows, table, figure ---
-
-
 def optimum(
     config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
-    uncond: Uncond = "marginal",
+    caption_dropout: bool = False,
 ) -> LinearVelocity:  # fmt: skip
     """What SOAR converges to."""
-    flow = exact_flow(data_std, conditional, uncond)
-    if conditional and uncond == "trained":  # by the terms of dropped samples, all unguided
+    flow = exact_flow(data_std, conditional)
+    if caption_dropout:  # of dropped samples, all unguided
         flow = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
     return solve(config, flow, mislabelled)
 
 
-def rows_of(
-    config: SoarConfig, data_std: float, mislabelled: bool = False, uncond: Uncond = "marginal"
-) -> list[dict]:
-    """What is sampled from the exact flow and from SOAR's optimum, with a condition and without."""
-    rows = []
-    for conditional in (True, False):
-        flow = exact_flow(data_std, conditional, uncond)
-        soar = optimum(config, data_std, conditional, mislabelled, uncond)
-        guidances = dict.fromkeys((1.0, float(config.guidance_scale))) if conditional else (1.0,)
-        for objective, velocity in (("flow", flow), ("soar", soar)):
-            for steps in (40, 200):
-                for guidance in guidances:
-                    gain, std = sampled(velocity, steps, guidance, config.shift)
-                    rows.append({
-                        "objective": objective,
-                        "conditional": conditional,
-                        "data_std": data_std,
-                        "sampling_steps": steps,
-                        "sampling_guidance": guidance,
-                        "mean_gain": gain if conditional else None,
-                        "std": std,
-                    })  # fmt: skip
-    return rows
-
-
-def show(rows: list[dict]) -> None:
-    print("objective  condition  steps  guidance  mean gain    std")
-    for row in rows:
-        gain = f"{row['mean_gain']:9.3f}" if row["conditional"] else "        -"
-        condition = "c" if row["conditional"] else "none"
-        print(f"{row['objective']:<9}  {condition:<9}  {row['sampling_steps']:5}  "
-              f"{row['sampling_guidance']:8.3g}  {gain}  {row['std']:5.3f}")  # fmt: skip
-
-
-DATA_STDS = (0.1, 0.2, 0.5, 1.0)
-PUBLISHED = "published: K = 40, lambda = 1, N = 6, w = 4.5"
 SWEEP = {  # label: what differs from the published settings
-    PUBLISHED: {},
+    "published: K = 40, lambda = 1, N = 6, w = 4.5": {},
     "w = 1, unguided": {"guidance_scale": 1.0},
     "w = 2": {"guidance_scale": 2.0},
     "w = 7": {"guidance_scale": 7.0},
@@ -457,7 +337,7 @@ SWEEP = {  # label: what differs from the published settings
     "M = 2, flow_sde": {"num_rollout_paths": 2},
     "fresh z1": {"shared_noise": False},
     "t_min = 1 / 40": {"t_min": 0.025},
-    "caption dropout": {"uncond": "trained"},
+    "caption dropout": {"caption_dropout": True},
     "mislabelled, ratio 1.5": {"mislabelled": True, "sigma_upper_ratio": 1.5},
     "mislabelled, ratio 1.5, w = 1": {
         "mislabelled": True, "sigma_upper_ratio": 1.5, "guidance_scale": 1.0,
@@ -465,27 +345,20 @@ SWEEP = {  # label: what differs from the published settings
     "mislabelled, ratio 1, lambda = 0.1": {
         "mislabelled": True, "sigma_upper_ratio": 1.0, "lambda_aux": 0.1,
     },
-    "the empty prompt is c = 0": {"uncond": "point"},
 }  # fmt: skip
 COLUMNS = ("std at 1", "gain at 1", "std at 4.5", "gain at 4.5")
 
 
-def values(velocity: LinearVelocity) -> list[float]:
+def values(velocity: LinearVelocity, shift: float = 3.0) -> list[float]:
     """COLUMNS, of samples of 200 steps."""
-    found = [sampled(velocity, 200, guidance) for guidance in (1.0, 4.5)]
+    found = [sampled(velocity, 200, guidance, shift) for guidance in (1.0, 4.5)]
     return [round(x, 6) for gain, std in found for x in (std, gain)]
 
 
 def swept(label: str, data_std: float) -> list[float]:
     settings = dict(SWEEP[label])
-    world = {name: settings.pop(name) for name in ("mislabelled", "uncond") if name in settings}
+    world = {x: settings.pop(x, False) for x in ("mislabelled", "caption_dropout")}
     return values(optimum(SoarConfig(**settings), data_std, **world))
-
-
-def sweep() -> dict[str, list[list[float]]]:
-    """{setting: COLUMNS at each of DATA_STDS}, and those of the exact flow."""
-    made = {"exact flow": [values(exact_flow(data_std)) for data_std in DATA_STDS]}
-    return made | {label: [swept(label, data_std) for data_std in DATA_STDS] for label in SWEEP}
 
 
 def table(made: dict) -> str:
@@ -499,11 +372,6 @@ def table(made: dict) -> str:
 
 def figure(path: Path) -> None:
     """Left: std at guidance 1 over data_std. Right: gain at guidance w, data_std 1, over w."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     data_stds = np.geomspace(0.04, 2, 30).tolist()
     flows = [exact_flow(data_std) for data_std in data_stds]
@@ -527,20 +395,77 @@ def figure(path: Path) -> None:
     plt.close(fig)
 
 
+# --- By level ---
+
+LEVELS = (0.1, 0.15, 0.25, 0.35, 0.55, 0.75, 0.9)  # sigma, as in experiments.shapes.levels
+
+
+def errors_of(velocity: LinearVelocity, noise: float, sigma: Tensor) -> Tensor:
+    """(2, L): the mean squared error against latents drawn about their means c, and against c."""
+    a, b = velocity(sigma)
+    of_c = a * (1 - sigma) + b + 1 if velocity.conditional else torch.zeros_like(a)
+    to_mean = of_c**2 + (a * sigma - 1) ** 2
+    return torch.stack([to_mean + (a * (1 - sigma) * noise + noise) ** 2, to_mean])
+
+
+def predicted(noises: list[float], guidance: float) -> Tensor:
+    """(3, L): by how much the optimum's two errors and its slope a pass the exact flow's, over the
+    noises: means of errors; slopes as one regression over all latents finds them. c is the mean
+    latent. Unguided there is no prompt: at low levels a state tells its mean without one."""
+    sigma = torch.tensor(LEVELS, dtype=torch.float64)
+    errors, slopes, weights = [], [], []
+    for noise in noises:
+        guided = guidance != 1
+        exact = exact_flow(noise, guided)
+        best = optimum(SoarConfig(guidance_scale=guidance), noise, guided)
+        errors.append(errors_of(best, noise, sigma) - errors_of(exact, noise, sigma))
+        slopes.append(best(sigma)[0] - exact(sigma)[0])
+        weights.append(((1 - sigma) * noise) ** 2 + sigma**2)
+    weights = torch.stack(weights)
+    slope = (torch.stack(slopes) * weights).sum(0) / weights.sum(0)
+    return torch.cat([torch.stack(errors).mean(0), slope[None]])
+
+
+def levels_table(noises: list[float]) -> str:
+    """Markdown: the optimum minus the exact flow."""
+    lines = [line_of(["rollout", "change of", *(f"{level:g}" for level in LEVELS)])]
+    lines.append("| --- | --- " + "| ---: " * len(LEVELS) + "|")
+    for guidance in (1.0, 4.5):
+        names = ("error, drawn", "error, means", "slope")
+        for name, row in zip(names, predicted(noises, guidance).tolist()):
+            lines.append(line_of([f"w = {guidance:g}", name, *(f"{x:+.4f}" for x in row)]))
+    return "\n".join(lines) + "\n"
+
+
+def read_noises(file: Path) -> list[float]:
+    found = json.loads(file.read_text()).get("latent_noises")
+    if not found or min(found) <= 0:
+        raise ValueError(f'{file}: "latent_noises" is {found}, expected a list of numbers > 0')
+    return found
+
+
+def write_sweep(folder: Path) -> None:
+    made = {"exact flow": [values(exact_flow(data_std)) for data_std in DATA_STDS]}
+    made |= {label: [swept(label, data_std) for data_std in DATA_STDS] for label in SWEEP}
+    print(table(made), end="")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(f'"{label}": {json.dumps(rows)}' for label, rows in made.items())
+    (folder / "optimum.json").write_text(f"{{\n{text}\n}}\n")
+    figure(folder / "optimum.png")
+
+
 def main(args: Args) -> None:
     if args.sweep is not None:
-        made = sweep()
-        print(table(made), shift_table(), sep="\n", end="")
-        args.sweep.mkdir(parents=True, exist_ok=True)
-        text = ",\n".join(f'"{label}": {json.dumps(rows)}' for label, rows in made.items())
-        (args.sweep / "optimum.json").write_text(f"{{\n{text}\n}}\n")
-        figure(args.sweep / "optimum.png")
-        return
-    rows = rows_of(args.soar, args.data_std, args.mislabelled, args.uncond)
-    if args.json:
-        print("\n".join(map(json.dumps, rows)))
+        write_sweep(args.sweep)
+    elif args.levels is not None:
+        print(levels_table(read_noises(args.levels)), end="")
     else:
-        show(rows)
+        made = {"exact flow": [], "SOAR": []}
+        for data_std in args.data_stds:
+            found = optimum(args.soar, data_std, True, args.mislabelled, args.caption_dropout)
+            made["exact flow"].append(values(exact_flow(data_std), args.soar.shift))
+            made["SOAR"].append(values(found, args.soar.shift))
+        print(table(made), end="")
 
 
 if __name__ == "__main__":

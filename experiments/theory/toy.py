@@ -1,19 +1,17 @@
 """SOAR against SFT with networks, where the true law is known: two dimensions, four classes.
 
-    python -m experiments.theory.toy                                       # about 33 minutes of one core
-    python -m experiments.theory.toy --arms base sft soar --seeds 0 1      # a part of it
-    python -m experiments.theory.toy --show experiments/theory/results/toy.json   # the tables again
+    python -m experiments.theory.toy         # half an hour of one core; --arms, --seeds: a part
+    python -m experiments.theory.toy --show experiments/theory/results/toy.json   # the tables
 
 Each class has two Gaussian modes. A small MLP is trained by flow matching, a tenth of its
 conditions empty; from these weights each arm trains on, on fresh samples of the same law, with the
 same pairs, noise and t for all arms of a seed (and a tenth of the conditions empty, as before, so
 that the unconditional velocity stays the data's). Samples of 40 Euler steps on sigma_from_t are
-compared with samples of the true law of their class, the data's, at every guidance:
+compared with samples of the true law of their class:
 
     distance  sliced Wasserstein-1; the table's last row is that of two samples of the true law
     std       within modes (samples go to the nearer mode of their class), over the data's
     radius    mean distance from the origin over the data's: guidance overshoots it
-    balance   share of the smaller mode, 0.5 in the data
 """
 
 import copy
@@ -23,18 +21,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from soar import Draws, SoarConfig, draw, guided_velocity, loss_normalizer, sigma_from_t, soar_terms
+from soar import SoarConfig, draw, guided_velocity, sigma_from_t, soar_terms
 
 CLASSES = 4
 EMPTY = CLASSES
 RADIUS, HALF_ANGLE, MODE_STD = 1.5, 0.5, 0.25
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
-MEASURES = ("distance", "std", "radius", "balance")
+MEASURES = ("distance", "std", "radius")
 STEP_UNITS = 22  # a SOAR step's, in forwards; see the README
 
 
@@ -44,14 +43,6 @@ class Arm:
     config: SoarConfig = SoarConfig()
     units: int = STEP_UNITS  # of one step; SFT's is 3
     equal_compute: bool = False  # as many steps as SOAR's compute pays for
-    change: Callable[[Draws, SoarConfig], Draws] = lambda draws, config: draws
-    whole_steps: bool = False  # auxiliary terms only where the rollout is a whole step, t >= 1 / K
-
-
-def from_one_step_up(draws: Draws, config: SoarConfig) -> Draws:
-    """t at or above 1 / K: its law is squeezed into the rest of [0, 1]."""
-    step = 1 / config.num_sampling_steps
-    return draws._replace(t=step + config.t_min + (1 - step - config.t_min) * draws.t)
 
 
 SFT = SoarConfig(lambda_aux=0.0)
@@ -71,10 +62,8 @@ ARMS = {
     "k100": Arm("SOAR, K = 100", SoarConfig(num_sampling_steps=100)),
     "k20": Arm("SOAR, K = 20", SoarConfig(num_sampling_steps=20)),
     "k10": Arm("SOAR, K = 10", K10),
-    "k10_t": Arm("K = 10, t drawn from 1 / K up", K10, change=from_one_step_up),
     "k10_t_min": Arm("K = 10, t_min = 1 / K", replace(K10, t_min=0.1)),
     "k10_t_min_0.02": Arm("K = 10, t_min = 0.02", replace(K10, t_min=0.02)),
-    "k10_whole": Arm("K = 10, rollout only where t >= 1 / K", K10, whole_steps=True),
 }
 
 
@@ -100,16 +89,14 @@ class Args:
         unknown = sorted(set(self.arms) - set(ARMS))
         if unknown or not self.arms:
             raise ValueError(f"--arms is {unknown or self.arms}, expected some of {list(ARMS)}")
-        for name in ("pretrain_steps", "steps", "batch_size"):
+        for name in ("pretrain_steps", "steps", "batch_size", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        if self.samples < 16:
-            raise ValueError(f"--samples is {self.samples}, expected at least 16")
-        if not self.seeds:
-            raise ValueError("--seeds is empty, expected at least one")
+        if len(self.seeds) < 2:
+            raise ValueError(f"--seeds is {self.seeds}, expected two or more for a standard error")
 
 
-# --- The world and the model ---
+# --- The world, the model, training ---
 
 
 def modes_of(classes: Tensor) -> Tensor:
@@ -142,32 +129,9 @@ class Model(nn.Module):
         return self.layers(torch.cat(inputs, 1))
 
 
-# --- Training ---
-
-
 def generator_of(*key: int) -> torch.Generator:
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
-
-
-def loss_terms(model: Model, z0: Tensor, draws: Draws, classes: Tensor, arm: Arm):
-    """soar_terms' losses; with whole_steps, samples of t < 1 / K are SFT samples."""
-    config, empty = arm.config, torch.full_like(classes, EMPTY)
-    if not arm.whole_steps:
-        for term in soar_terms(model, z0, draws, classes, empty, config):
-            yield term.loss
-        return
-    whole = draws.t >= 1 / config.num_sampling_steps
-    sft = replace(config, lambda_aux=0.0)
-    both = ((whole, config), (~whole, sft))
-    normalizer = sum(loss_normalizer(draws.t[rows], c) for rows, c in both)
-    for rows, c in both:
-        if rows.any():
-            part = Draws(draws.z1[rows], draws.t[rows], draws.u[:, :, rows], draws.path_noise, None)
-            part = part._replace(path_noise=draws.path_noise[:, rows])
-            inputs = (z0[rows], part, classes[rows], empty[rows], c)
-            for term in soar_terms(model, *inputs, normalizer=normalizer):
-                yield term.loss
 
 
 def train(model: Model, arm: Arm, steps: int, seed: int, phase: int, args: Args) -> Model:
@@ -179,12 +143,13 @@ def train(model: Model, arm: Arm, steps: int, seed: int, phase: int, args: Args)
         generator = generator_of(seed, phase, step)
         classes = torch.randint(CLASSES, (args.batch_size,), generator=generator)
         z0 = data(classes, generator)
-        empty = torch.rand(classes.shape, generator=generator) < 0.1
-        classes = torch.where(empty, EMPTY, classes)
-        draws = arm.change(draw(z0.shape, arm.config, generator), arm.config)
+        dropped = torch.rand(classes.shape, generator=generator) < 0.1
+        classes = torch.where(dropped, EMPTY, classes)
+        draws = draw(z0.shape, arm.config, generator)
         optimizer.zero_grad()
-        for loss in loss_terms(model, z0, draws, classes, arm):
-            loss.backward()
+        empty = torch.full_like(classes, EMPTY)
+        for term in soar_terms(model, z0, draws, classes, empty, arm.config):
+            term.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -216,54 +181,40 @@ def distance(x: Tensor, y: Tensor, directions: int = 32) -> float:
     return float((sorted_x - sorted_y).abs().mean())
 
 
-def measure(x: Tensor, classes: Tensor, reference: Tensor) -> dict[str, float]:
-    """The four measures of samples x (B, 2), means over the classes; reference: of the true law."""
-    found = {name: [] for name in MEASURES}
+def measure(x: Tensor, classes: Tensor, reference: Tensor) -> list[float]:
+    """MEASURES of samples x (B, 2), means over the classes; reference: of the true law."""
+    found = []
     for k in range(CLASSES):
         rows = classes == k
         z, true = x[rows], reference[rows]
-        centers = modes_of(torch.tensor([k]))[0]
-        nearer = torch.cdist(z, centers).argmin(1)
+        nearer = torch.cdist(z, modes_of(torch.tensor([k]))[0]).argmin(1)
         parts = [z[nearer == mode] for mode in (0, 1)]
         around = torch.cat([part - part.mean(0) for part in parts if len(part)])
-        found["distance"].append(distance(z, true))
-        found["std"].append(float(around.square().mean().sqrt()) / MODE_STD)
-        found["radius"].append(float(z.norm(dim=1).mean() / true.norm(dim=1).mean()))
-        found["balance"].append(min(map(len, parts)) / len(z))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        std = float(around.square().mean().sqrt()) / MODE_STD
+        radius = float(z.norm(dim=1).mean() / true.norm(dim=1).mean())
+        found.append([distance(z, true), std, radius])
+    return np.mean(found, 0).round(5).tolist()
 
 
-def evaluate(model: Model, seed: int, args: Args) -> dict[str, dict[str, float]]:
-    """The measures by guidance; noise and reference are the same for all arms of a seed."""
+def evaluate(model: Model, seed: int, args: Args) -> tuple[list[float], list[list[float]]]:
+    """The measures of other samples of the true law, and the model's at GUIDANCES; noise and
+    reference are the same for all arms of a seed."""
     generator = generator_of(seed, 3)
     classes = torch.arange(CLASSES).repeat_interleave(args.samples)
     reference = data(classes, generator)
     z1 = torch.randn(reference.shape, generator=generator)
-    samples = {str(w): sample(model, classes, w, z1) for w in GUIDANCES}
-    return {w: measure(x, classes, reference) for w, x in samples.items()}
-
-
-def floor(seed: int, args: Args) -> dict[str, float]:
-    """The measures of other samples of the true law."""
-    generator = generator_of(seed, 3)
-    classes = torch.arange(CLASSES).repeat_interleave(args.samples)
-    reference = data(classes, generator)
-    return measure(data(classes, generator_of(seed, 4)), classes, reference)
+    floor = measure(data(classes, generator_of(seed, 4)), classes, reference)
+    samples = [sample(model, classes, w, z1) for w in GUIDANCES]
+    return floor, [measure(x, classes, reference) for x in samples]
 
 
 def run(args: Args) -> dict:
-    """{"settings", "floor": per seed, "arms": {name: per seed: guidance: measures}}; seeds that a
-    toy.json of the same settings and arms has already are not run again."""
-    settings = {"pretrain_steps": args.pretrain_steps, "steps": args.steps}
-    settings |= {"seeds": list(args.seeds)}
-    settings |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate}
-    settings |= {"samples": args.samples}
-    result = {"settings": settings, "floor": [], "arms": {name: [] for name in args.arms}}
-    if (args.output_dir / "toy.json").is_file():
-        before = json.loads((args.output_dir / "toy.json").read_text())
-        if before["settings"] == settings and set(before["arms"]) == set(args.arms):
-            result = before
-    for seed in args.seeds[len(result["floor"]) :]:
+    """{"settings", "true law": MEASURES by seed, arm: MEASURES by seed and guidance}."""
+    settings = {"seeds": list(args.seeds)}
+    for name in ("pretrain_steps", "steps", "batch_size", "learning_rate", "samples"):
+        settings[name] = getattr(args, name)
+    result = {"settings": settings, "true law": []} | {name: [] for name in args.arms}
+    for seed in args.seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Model()
@@ -272,59 +223,42 @@ def run(args: Args) -> dict:
             arm = ARMS[name]
             steps = args.steps * STEP_UNITS // arm.units if arm.equal_compute else args.steps
             trained = train(base, arm, steps, seed, 2, args) if arm.units else base
-            row = evaluate(trained, seed, args)
-            result["arms"][name].append(row)
-            distances = " ".join(f"{row[w]['distance']:.3f}" for w in ("1.0", "4.5"))
-            print(f"seed {seed}, {name}: distance {distances} at guidance 1 and 4.5", flush=True)
-        result["floor"].append(floor(seed, args))
-        save(result, args.output_dir)
+            floor, rows = evaluate(trained, seed, args)
+            result[name].append(rows)
+            print(f"seed {seed}, {name}: distance {rows[0][0]:.3f} at guidance 1", flush=True)
+        result["true law"].append(floor)
     return result
-
-
-def save(result: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "toy.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 # --- Tables and figure ---
 
 
-def column(result: dict, name: str, measure_name: str, guidance: float | str) -> np.ndarray:
-    """Over seeds; guidance "best": each arm's own, that of the least mean distance."""
-    rows = result["arms"][name]
-    if guidance == "best":
-        guidance = best_guidance(result, name)
-    return np.array([row[str(guidance)][measure_name] for row in rows])
-
-
-def best_guidance(result: dict, name: str) -> float:
-    return min(GUIDANCES, key=lambda w: column(result, name, "distance", w).mean())
+def column(result: dict, name: str, measure_name: str, guidance: float) -> np.ndarray:
+    """Over seeds."""
+    by_seed = np.array(result[name])
+    return by_seed[:, GUIDANCES.index(guidance), MEASURES.index(measure_name)]
 
 
 def mean_error(x: np.ndarray) -> str:
     """Mean and standard error over seeds."""
-    error = x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return f"{x.mean():.3f} ± {error:.3f}"
+    return f"{x.mean():.3f} ± {x.std(ddof=1) / math.sqrt(len(x)):.3f}"
 
 
 def table(result: dict) -> str:
-    """Markdown: distances at guidance 1, 4.5 and each arm's best; what samples at 1 and 4.5 are."""
-    head = ["arm", "compute", "distance at 1", "at 4.5", "best w", "std at 1 / 4.5"]
-    head += ["radius at 4.5", "balance at 4.5"]
-    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
-    for name in result["arms"]:
+    """Markdown."""
+    lines = ["| arm | compute | distance at 1 | at 4.5 | std at 1 / 4.5 | radius at 4.5 |"]
+    lines.append("| --- " + "| ---: " * 5 + "|")
+    for name in (x for x in ARMS if x in result):
         arm = ARMS[name]
         units = STEP_UNITS if arm.equal_compute else arm.units
         cells = [arm.label, f"{units / 3:.1f}"]
         cells += [mean_error(column(result, name, "distance", w)) for w in (1.0, 4.5)]
-        cells += [f"{best_guidance(result, name):g}"]
-        at = {key: [column(result, name, key, w).mean() for w in (1.0, 4.5)] for key in MEASURES}
-        cells.append(f"{at['std'][0]:.2f} / {at['std'][1]:.2f}")
-        cells += [f"{at[key][1]:.2f}" for key in ("radius", "balance")]
+        stds = [f"{column(result, name, 'std', w).mean():.2f}" for w in (1.0, 4.5)]
+        cells.append(" / ".join(stds))
+        cells.append(f"{column(result, name, 'radius', 4.5).mean():.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    true = np.mean([[row[key] for key in MEASURES] for row in result["floor"]], axis=0)
-    cells = ["the true law, other samples", "", f"{true[0]:.3f}", "", "", f"{true[1]:.2f}"]
-    lines.append("| " + " | ".join(cells + [f"{true[2]:.2f}", f"{true[3]:.2f}"]) + " |")
+    floor, std, radius = np.mean(result["true law"], axis=0)
+    lines.append(f"| the true law, other samples |  | {floor:.3f} |  | {std:.2f} | {radius:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -336,37 +270,29 @@ PAIRS = (
 
 def pairs(result: dict) -> str:
     """Markdown: differences of two arms' distances, paired over seeds."""
-    lines = ["| distance of | minus that of | at 1 | at 4.5 | each at its best |"]
-    lines.append("| --- | --- | ---: | ---: | ---: |")
-    for names in PAIRS:
-        if set(names) <= set(result["arms"]):
-            cells = [ARMS[name].label for name in names]
-            for w in (1.0, 4.5, "best"):
-                first, second = (column(result, name, "distance", w) for name in names)
-                cells.append(mean_error(first - second))
-            lines.append("| " + " | ".join(cells) + " |")
+    lines = ["| distance of | minus that of | at 1 | at 4.5 |", "| --- | --- | ---: | ---: |"]
+    for names in (x for x in PAIRS if set(x) <= set(result)):
+        cells = [ARMS[name].label for name in names]
+        for w in (1.0, 4.5):
+            first, second = (column(result, name, "distance", w) for name in names)
+            cells.append(mean_error(first - second))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def figure(result: dict, path: Path) -> None:
     """Distance and std over guidance, means of the seeds and their standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = ("sft", "sft_steps", "soar", "no_rollout", "w1", "k20")
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4))
-    for key, ax in zip(("distance", "std"), axes):
-        for name in (x for x in shown if x in result["arms"]):
+    labels = {"distance": "distance to the true law", "std": "std within modes, data = 1"}
+    for (key, label), ax in zip(labels.items(), axes):
+        for name in (x for x in shown if x in result):
             values = np.stack([column(result, name, key, w) for w in GUIDANCES])
             error = values.std(1, ddof=1) / math.sqrt(values.shape[1])
             ax.errorbar(GUIDANCES, values.mean(1), error, marker="o", ms=3, label=ARMS[name].label)
-        ax.set(xscale="log", xlabel="guidance")
+        ax.set(xscale="log", xlabel="guidance", ylabel=label)
         ax.set_xticks(GUIDANCES, [f"{w:g}" for w in GUIDANCES])
         ax.minorticks_off()
-    axes[0].set_ylabel("distance to the true law")
-    axes[1].set_ylabel("std within modes, data = 1")
     axes[0].legend(frameon=False, fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=100)
@@ -374,13 +300,12 @@ def figure(result: dict, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    if args.show is not None:
-        result = json.loads(args.show.read_text())
-        print(table(result), pairs(result), sep="\n", end="")
-        return
-    result = run(args)
+    result = json.loads(args.show.read_text()) if args.show else run(args)
     print(table(result), pairs(result), sep="\n", end="")
-    if len(args.seeds) > 1:
+    if args.show is None:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f'"{name}": {json.dumps(x)}' for name, x in result.items())
+        (args.output_dir / "toy.json").write_text(f"{{\n{lines}\n}}\n")
         figure(result, args.output_dir / "toy.png")
 
 
