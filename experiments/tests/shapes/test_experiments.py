@@ -1,4 +1,4 @@
-"""The pieces of experiments.shapes.sft_vs_soar and experiments.evaluate.diversity, and the tables of the pages."""
+"""The pieces of experiments.shapes.sft_vs_soar, and the tables of the pages."""
 
 import dataclasses
 import itertools
@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from experiments.evaluate import diversity
 from experiments.shapes import figures
 from experiments.shapes import sft_vs_soar as experiment
-from experiments.shapes.draw import COLORS, DATA, PAIRS, Scene, Thing, render
+from experiments.shapes.detect import count_layouts, layout
+from experiments.shapes.draw import DATA, PAIRS, Scene, Thing, render
 from experiments.tests.common import MODEL, ROOT, small_world, train_args
 from sample import seeded
 from soar import SoarConfig
@@ -50,12 +50,18 @@ def few_steps(monkeypatch):
 # --- Measures ---------------------------------------------------------------------------------------------------------
 
 
-def test_layout_depends_on_shape_colour_and_cell_only():
+def test_layout_depends_on_shape_colour_and_cell_only(tmp_path):
     scene = lambda *things: render(Scene(tuple(Thing(*t, 9) for t in things), (230, 230, 230)))  # noqa: E731
-    first = diversity.layout(scene(("circle", "red", 14, 14), ("cross", "blue", 48, 50)))
+    first = layout(scene(("circle", "red", 14, 14), ("cross", "blue", 48, 50)))
     assert first == (("circle", "red", 0, 0), ("cross", "blue", 2, 2))
-    assert first == diversity.layout(scene(("cross", "blue", 50, 48), ("circle", "red", 13, 15)))
-    assert first != diversity.layout(scene(("circle", "red", 14, 30), ("cross", "blue", 48, 50)))
+    assert first == layout(scene(("cross", "blue", 50, 48), ("circle", "red", 13, 15)))
+    moved = scene(("circle", "red", 14, 30), ("cross", "blue", 48, 50))
+    assert first != layout(moved)
+    for place, images in {"0/samples": [moved, moved], "1/samples": [moved, scene(("circle", "red", 14, 14))]}.items():
+        (tmp_path / place).mkdir(parents=True)
+        for i, image in enumerate(images):
+            image.save(tmp_path / place / f"{i}.png")
+    assert count_layouts(tmp_path) == 1.5
 
 
 def test_sharpness_equals_an_impulses_and_falls_with_blur():
