@@ -495,7 +495,7 @@ def collect(folder: Path, setting: Setting) -> dict:
     result["drift"] = {name: runs[name][0]["drift"] for name in PROBED if 0 in runs.get(name, {})}
     folders = {name: folder / "diversity" / name for name in result["drift"]}
     if len(folders) > 1:
-        made = diversity.measure(diversity.Args(tuple(folders.values())))
+        made = diversity.measure(tuple(folders.values()), str(DATA / "model/vae"))
         result["diversity"] = {
             name: made[path]._asdict() | {"layouts": count_layouts(path)} for name, path in folders.items()
         }
