@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from experiments.evaluate import diversity
-from experiments.shapes.draw import COLORS, Scene, Thing, render
+from experiments.tests.common import MODEL
 
 
 def test_vendi_score_equals_cases_worked_by_hand():
@@ -25,51 +27,89 @@ def test_vendi_score_equals_cases_worked_by_hand():
     assert diversity.vendi_score(np.eye(2).repeat(2, axis=0)) == pytest.approx(2)
     # Two vectors at 60 degrees: K / 2 has the eigenvalues (1 +- 0.5) / 2.
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert diversity.vendi_score(np.array([[1, 0], [0.5, math.sqrt(0.75)]])) == pytest.approx(expected)
+    pair = np.array([[1, 0], [0.5, math.sqrt(0.75)]])
+    assert diversity.vendi_score(pair) == pytest.approx(expected)
 
 
 def test_mean_distance_equals_a_right_triangles():
     assert diversity.mean_distance(np.array([[0.0, 0], [3, 0], [0, 4]])) == pytest.approx(4)
 
 
-def make_folder(folder, images_of_prompts):
+VAE = MODEL["pretrained_model_name_or_path"] + "/vae"
+
+
+def make_folder(folder: Path, images_of_prompts: list[list[Image.Image]]) -> Path:
     for i, images in enumerate(images_of_prompts):
         (folder / f"{i:05d}/samples").mkdir(parents=True)
-        (folder / f"{i:05d}/metadata.jsonl").write_text(json.dumps({"prompt": f"prompt {i}"}))
+        line = json.dumps({"prompt": f"prompt {i}"})
+        (folder / f"{i:05d}/metadata.jsonl").write_text(line)
         for j, image in enumerate(images):
             image.save(folder / f"{i:05d}/samples/{j:05d}.png")
     return folder
 
 
-def drawn(x, color="red"):
-    return render(Scene((Thing("circle", color, x, 32, 10),), (230, 230, 230)))
+def drawn(x: int, color: str = "red") -> Image.Image:
+    image = Image.new("RGB", (64, 64), (230, 230, 230))
+    ImageDraw.Draw(image).ellipse((x - 10, 22, x + 10, 42), color)
+    return image
 
 
 @pytest.fixture
-def folders(tmp_path):
-    same = [[drawn(20)] * 4, [drawn(44)] * 4]
-    other = [[drawn(x, color) for x, color in zip((12, 20, 44, 50), COLORS)] for _ in range(2)]
-    return make_folder(tmp_path / "same", same), make_folder(tmp_path / "other", other)
+def folders(tmp_path) -> tuple[Path, Path]:
+    places = zip((12, 20, 44, 50), ("red", "green", "blue", "yellow"))
+    different = [drawn(x, color) for x, color in places]
+    same = make_folder(tmp_path / "same", [[drawn(20)] * 4, [drawn(44)] * 4])
+    return same, make_folder(tmp_path / "other", [different, different])
+
+
+def save_vision_model(folder: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = size | {"image_size": 28, "patch_size": 14}
+    scale = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    if kind == "dino":
+        Dinov2Model(Dinov2Config(**vision)).save_pretrained(folder)
+        BitImageProcessorPil(**scale).save_pretrained(folder)
+    else:
+        text = size | {"vocab_size": 20}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder)
+        CLIPImageProcessorPil(**scale).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("features", ["vae", "dino", "clip"])
-def test_diversity_is_least_for_equal_images_in_any_features(folders, tmp_path, features):
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    scale = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    if features == "dino":
-        Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / features)
-        BitImageProcessorPil(**scale).save_pretrained(tmp_path / features)
-    elif features == "clip":
-        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
-        config = CLIPConfig(text_config=text, vision_config=size, projection_dim=8)
-        CLIPModel(config).save_pretrained(tmp_path / features)
-        CLIPImageProcessorPil(**scale).save_pretrained(tmp_path / features)
-    name = features if features == "vae" else str(tmp_path / features)
-    same, other = diversity.measure(diversity.Args(folders, name, layouts=True, batch_size=3)).values()
-    assert same.vendi == pytest.approx(1, abs=1e-3) and same.distance == pytest.approx(0, abs=1e-3)
+def test_diversity_is_least_for_equal_images_in_any_features(
+    folders, tmp_path, features, monkeypatch
+):
+    """Also in batches that end within a prompt. Common to all images is only their mean: both
+    folders' features, less it, are summed over to 0."""
+    monkeypatch.setattr(diversity, "BATCH", 3)
+    if features == "vae":
+        name = VAE
+    else:
+        name = str(tmp_path / features)
+        save_vision_model(tmp_path / features, features)
+    same, other = diversity.measure(folders, name).values()
+    assert same.vendi == pytest.approx(1, abs=1e-3)
+    assert same.distance == pytest.approx(0, abs=1e-3)
     assert 1.1 < other.vendi <= 4 and other.distance > 10 * same.distance
-    assert (same.layouts, other.layouts, same.prompts, same.images) == (1, 4, 2, 4)
+    assert (same.prompts, same.images) == (2, 4)
+
+
+def test_features_are_centred_on_the_mean_of_all_folders(folders, monkeypatch):
+    """A constant added to all features changes nothing; one prompt's images, which are centred on
+    both folders' mean, are not on their own: equal ones would have no direction."""
+    found = {}
+    for shift in (0, 1000):
+        moved = lambda images, shift=shift: means_of(images) + shift  # noqa: E731
+        monkeypatch.setattr(diversity, "Extractor", lambda features, moved=moved: moved)
+        found[shift] = diversity.measure(folders, "")
+    first, second = ([x.vendi for x in found[shift].values()] for shift in (0, 1000))
+    assert first == pytest.approx(second) and first[0] == pytest.approx(1)
+
+
+def means_of(images: list[Image.Image]) -> np.ndarray:
+    return np.array([np.asarray(image).mean((0, 1)) for image in images])
 
 
 def test_diversity_refuses_folders_that_do_not_compare(folders, tmp_path):
@@ -77,11 +117,13 @@ def test_diversity_refuses_folders_that_do_not_compare(folders, tmp_path):
     three = make_folder(tmp_path / "three", [[drawn(20)] * 3])
     (tmp_path / "empty").mkdir()
     for wrong, message in (
-        (folders[:1], "1 folders"), ((folders[0], one), "fewer than 2"), ((folders[0], three), "3 to 4 images"),
-        ((folders[0], tmp_path / "empty"), "no NNNNN/samples"),
-    ):  # fmt: skip
+        (folders[:1], "2 or more folders"),
+        ((one, make_folder(tmp_path / "two", [[drawn(20)]])), "1 to 1 images"),
+        ((folders[0], three), "3 to 4 images"),
+        ((folders[0], tmp_path / "empty"), "common prompt"),
+    ):
         with pytest.raises(ValueError, match=message):
-            diversity.measure(diversity.Args(tuple(wrong)))
+            diversity.measure(wrong, VAE)
     (three / "00000/metadata.jsonl").write_text('{"prompt": "another"}')
-    with pytest.raises(ValueError, match="no prompt in common"):
-        diversity.measure(diversity.Args((folders[0], three)))
+    with pytest.raises(ValueError, match="common prompt"):
+        diversity.measure((folders[0], three), VAE)
