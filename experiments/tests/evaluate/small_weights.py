@@ -1,37 +1,41 @@
-"""Small random weights in the published files' format, and the arithmetic of what wrote them.
+"""Small random weights, laid out as huggingface_hub and torch.hub do; nothing is downloaded.
 
-The modules have the names and shapes of open_clip's CLIP and of image-reward's class, and are what
-scorers.py is compared with. `hub` lays them out as huggingface_hub and torch.hub do.
+Two files have the names of other packages, open_clip and image-reward, which are written out here.
 """
 
 import hashlib
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
     BlipTextConfig,
     BlipVisionConfig,
+    BlipVisionModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
 )
+from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from experiments.evaluate import scorers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROMPTS = ["a photo of a red circle", "two blue squares and a sign"]
-WIDTH = 32  # of the small CLIPs
-DIM = 24  # of their embeddings
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape))
+PUBLISHED = (scorers.ImageReward.VISION, scorers.ImageReward.TEXT)  # which `hub` replaces
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+VISION = BlipVisionConfig(**SIZES, num_attention_heads=2, image_size=224, layer_norm_eps=1e-6)
+TEXT = BlipTextConfig(
+    hidden_size=64,
+    encoder_hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    vocab_size=40,
+)
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
@@ -47,172 +51,16 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
-def head(width: int) -> nn.Sequential:
-    """Linear layers 0, 2, 4, 6 and 7, with dropout between the first."""
-    return nn.Sequential(
-        nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
-        nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
-
-
-# --- open_clip ----------------------------------------------------------------------------------
-
-
-class OpenClipBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_2 = nn.LayerNorm(width)
-        first, last = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=first, gelu=nn.GELU(), c_proj=last))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-def tower(width: int, layers: int, heads: int) -> nn.Module:
-    made = nn.Module()
-    made.resblocks = nn.ModuleList([OpenClipBlock(width, heads) for _ in range(layers)])
-    return made
-
-
-class OpenClip(nn.Module):
-    """vision and text: width, layers, heads."""
-
-    def __init__(self, embed: int, vision: tuple, text: tuple, words: int):
-        super().__init__()
-        width, self.visual = vision[0], nn.Module()
-        self.visual.class_embedding = parameter(width)
-        self.visual.positional_embedding = parameter(257, width)
-        self.visual.conv1 = nn.Conv2d(3, width, 14, 14, bias=False)
-        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.visual.transformer = tower(*vision)
-        self.visual.proj = parameter(width, embed)
-        self.token_embedding = nn.Embedding(words, text[0])
-        self.positional_embedding = parameter(77, text[0])
-        self.transformer = tower(*text)
-        self.ln_final = nn.LayerNorm(text[0])
-        self.text_projection = parameter(text[0], embed)
-        self.logit_scale = parameter()
-
-    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """The cosine; pixels (B, 3, 224, 224)."""
-        v, length = self.visual, tokens.shape[1]
-        patches = v.conv1(pixels).flatten(2).mT
-        first = v.class_embedding.expand(len(pixels), 1, -1)
-        x = v.ln_pre(torch.cat([first, patches], 1) + v.positional_embedding)
-        for block in v.transformer.resblocks:
-            x = block(x)
-        image = v.ln_post(x[:, 0]) @ v.proj
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
-        mask = torch.full((length, length), -torch.inf).triu(1)
-        for block in self.transformer.resblocks:
-            x = block(x, mask)
-        last = self.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)]
-        return F.cosine_similarity(image, last @ self.text_projection)
-
-
-# --- image-reward -------------------------------------------------------------------------------
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Heads of 64."""
-    split = [x.unflatten(-1, (-1, 64)).transpose(-2, -3) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(-2, -3).flatten(-2)
-
-
-def linear_then_norm(n: int, width: int) -> nn.ModuleDict:
-    parts = {"dense": nn.Linear(n, width), "LayerNorm": nn.LayerNorm(width, 1e-12)}
-    return nn.ModuleDict(parts)
-
-
-def attention(width: int, source: int) -> nn.ModuleDict:
-    sizes = {"query": width, "key": source, "value": source}
-    own = nn.ModuleDict({name: nn.Linear(n, width) for name, n in sizes.items()})
-    return nn.ModuleDict({"self": own, "output": linear_then_norm(width, width)})
-
-
-class BlipBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
-        sizes = {"qkv": (width, 3 * width), "proj": (width, width)}
-        self.attn = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
-        sizes = {"fc1": (width, 4 * width), "fc2": (4 * width, width)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, dim=-1)))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class BertLayer(nn.Module):
-    def __init__(self, width: int, source: int):
-        super().__init__()
-        self.attention, self.crossattention = attention(width, width), attention(width, source)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
-        self.output = linear_then_norm(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        for part, seen in ((self.attention, mask), (self.crossattention, None)):
-            context = patches if seen is None else x
-            own, output = part["self"], part["output"]
-            k, v = own["key"](context), own["value"](context)
-            made = output["dense"](attend(own["query"](x), k, v, seen))
-            x = output["LayerNorm"](x + made)
-        made = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](x + made)
-
-
-class ImageReward(nn.Module):
-    """The published class's sizes: 1024 and 24 layers; text 768, 12 layers, 30524 words."""
-
-    def __init__(self, width: int, layers: int, text: int, text_layers: int, words: int):
-        super().__init__()
-        vision, reads = nn.Module(), nn.Module()
-        vision.cls_token, vision.pos_embed = parameter(1, 1, width), parameter(1, 197, width)
-        vision.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 16, 16)})
-        vision.blocks = nn.ModuleList([BlipBlock(width) for _ in range(layers)])
-        vision.norm = nn.LayerNorm(width, 1e-6)
-        reads.embeddings = nn.Module()
-        reads.embeddings.register_buffer("position_ids", torch.arange(512)[None])
-        reads.embeddings.word_embeddings = nn.Embedding(words, text)
-        reads.embeddings.position_embeddings = nn.Embedding(512, text)
-        reads.embeddings.LayerNorm = nn.LayerNorm(text, 1e-12)
-        reads.encoder = nn.Module()
-        reads.encoder.layer = nn.ModuleList([BertLayer(text, width) for _ in range(text_layers)])
-        self.blip, self.mlp = nn.Module(), nn.Module()
-        self.blip.visual_encoder, self.blip.text_encoder = vision, reads
-        self.blip.vision_proj, self.blip.text_proj = nn.Linear(width, 256), nn.Linear(text, 256)
-        self.mlp.layers = head(text)
-
-    def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        vision, reads = self.blip.visual_encoder, self.blip.text_encoder
-        x = vision.patch_embed["proj"](pixels).flatten(2).mT
-        x = torch.cat([vision.cls_token.expand(len(x), 1, -1), x], 1) + vision.pos_embed
-        for block in vision.blocks:
-            x = block(x)
-        patches, embeddings = vision.norm(x), reads.embeddings
-        positions = embeddings.position_embeddings(torch.arange(tokens.shape[1]))
-        x = embeddings.LayerNorm(embeddings.word_embeddings(tokens) + positions)
-        for layer in reads.encoder.layer:
-            x = layer(x, mask.bool()[:, None, None], patches)
-        return self.mlp.layers(x[:, 0])[:, 0]
-
-
-# --- The hub ------------------------------------------------------------------------------------
-
-
-def save_clip(folder: Path, patch: int, act: str, seed: int | None) -> None:
-    """A CLIP as on the hub: weights (none without a seed), image processor, tokenizer."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "hidden_act": act, "projection_dim": DIM}
+def clip_config(patch: int, act: str) -> CLIPConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "hidden_act": act, "projection_dim": 24}
     text = sizes | {"vocab_size": 60, "bos_token_id": 58, "eos_token_id": 59}
     vision = sizes | {"image_size": 224, "patch_size": patch}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+
+
+def save_clip(folder: Path, config: CLIPConfig, seed: int | None) -> None:
+    """A CLIP as on the hub: weights (none without a seed), image processor, tokenizer."""
     config.save_pretrained(folder)
     if seed is not None:
         randomize(CLIPModel(config), seed).save_pretrained(folder)
@@ -221,6 +69,88 @@ def save_clip(folder: Path, patch: int, act: str, seed: int | None) -> None:
     words = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+
+
+# --- The published names ------------------------------------------------------------------------
+
+OPEN_CLIP = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TIMM = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def named(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of modules under other names."""
+    return {f"{name}.{key}": x for name, m in modules.items() for key, x in m.state_dict().items()}
+
+
+def open_clip_tensors(model: CLIPModel) -> dict[str, Tensor]:
+    """A CLIP in the names of open_clip."""
+    vision, text = model.vision_model, model.text_model
+    made = {
+        "visual.class_embedding": vision.embeddings.class_embedding,
+        "visual.positional_embedding": vision.embeddings.position_embedding.weight,
+        "visual.proj": model.visual_projection.weight.T,
+        "positional_embedding": text.embeddings.position_embedding.weight,
+        "text_projection": model.text_projection.weight.T,
+        "logit_scale": model.logit_scale,
+    }
+    modules = {"visual.conv1": vision.embeddings.patch_embedding}
+    modules |= {"token_embedding": text.embeddings.token_embedding}
+    modules |= {"visual.ln_pre": vision.pre_layrnorm, "visual.ln_post": vision.post_layernorm}
+    modules |= {"ln_final": text.final_layer_norm}
+    for start, tower in (("visual.", vision), ("", text)):
+        for i, layer in enumerate(tower.encoder.layers):
+            block, own = f"{start}transformer.resblocks.{i}.", layer.self_attn
+            modules |= {block + x: layer.get_submodule(ours) for x, ours in OPEN_CLIP.items()}
+            stacked = (own.q_proj, own.k_proj, own.v_proj)
+            made[f"{block}attn.in_proj_weight"] = torch.cat([x.weight for x in stacked])
+            made[f"{block}attn.in_proj_bias"] = torch.cat([x.bias for x in stacked])
+    return made | named(modules)
+
+
+class Reward(nn.Module):
+    """ImageReward of transformers' BLIP, before its mean and standard deviation."""
+
+    def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):
+        super().__init__()
+        self.vision = BlipVisionModel(vision)
+        self.text = BlipTextModel(text, add_pooling_layer=False)
+        self.head = scorers.score_head(text.hidden_size)
+
+    def forward(self, pixels: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        patches = self.vision(pixels).last_hidden_state
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        states = self.text(ids, mask, encoder_hidden_states=patches, is_decoder=False)
+        return self.head(states.last_hidden_state[:, 0])[:, 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In the names of image-reward's class, with what it does not use."""
+        visual, own = "blip.visual_encoder.", self.vision.embeddings
+        modules = {f"{visual}patch_embed.proj": own.patch_embedding}
+        modules |= {f"{visual}norm": self.vision.post_layernorm}
+        modules |= {"blip.text_encoder": self.text, "mlp.layers": self.head}
+        modules |= {"blip.vision_proj": nn.Linear(8, 8), "blip.text_proj": nn.Linear(8, 8)}
+        for i, layer in enumerate(self.vision.encoder.layers):
+            parts = {f"{visual}blocks.{i}.{x}": ours for x, ours in TIMM.items()}
+            modules |= {name: layer.get_submodule(ours) for name, ours in parts.items()}
+        positions = {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+        classes = {f"{visual}cls_token": own.class_embedding}
+        return named(modules) | positions | classes | {f"{visual}pos_embed": own.position_embedding}
+
+
+# --- The hub ------------------------------------------------------------------------------------
 
 
 def snapshot(cache: Path, source: str) -> Path:
@@ -234,41 +164,33 @@ def snapshot(cache: Path, source: str) -> Path:
     return folder
 
 
-def save_vocabulary(folder: Path) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *" ".join(PROMPTS).split()]
-    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
-    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
-
-
 @pytest.fixture(scope="package")
 def hub(tmp_path_factory):
-    """The folder or file of each source. Nothing is downloaded."""
+    """The folder or file of each source."""
     root = tmp_path_factory.mktemp("hub")
     ids = (scorers.PICKSCORE, scorers.CLIP_H, scorers.CLIP_L, scorers.BERT)
     paths = {source: snapshot(root / "cache", source) for source in (*ids, *scorers.FILES)}
     paths |= {x: paths[x] / file for x, file in scorers.FILES.items()}
     paths[scorers.AESTHETIC] = root / "torch/hub/checkpoints" / scorers.AESTHETIC
     paths[scorers.AESTHETIC].parent.mkdir(parents=True)
-    save_clip(paths[scorers.PICKSCORE], 14, "gelu", 1)
-    save_clip(paths[scorers.CLIP_H], 14, "gelu", None)
-    save_clip(paths[scorers.CLIP_L], 32, "quick_gelu", 2)
-    save_vocabulary(paths[scorers.BERT])
-    clip = randomize(OpenClip(DIM, (WIDTH, 2, 2), (WIDTH, 2, 2), 60), 3).half()
-    torch.save({"state_dict": clip.state_dict()}, paths[scorers.HPS])
-    reward = randomize(ImageReward(128, 2, 64, 1, 40), 4)
-    torch.save(reward.state_dict(), paths[scorers.IMAGE_REWARD])
-    tensors = {f"layers.{key}": x for key, x in randomize(head(DIM), 5).state_dict().items()}
-    torch.save(tensors, paths[scorers.AESTHETIC])
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
-    vision = sizes | {"num_attention_heads": 2, "image_size": 224, "layer_norm_eps": 1e-6}
-    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 40}
-    text |= {"num_attention_heads": 1, "encoder_hidden_size": 128}
+    gelu = clip_config(14, "gelu")
+    save_clip(paths[scorers.PICKSCORE], gelu, 1)
+    save_clip(paths[scorers.CLIP_H], gelu, None)
+    save_clip(paths[scorers.CLIP_L], clip_config(32, "quick_gelu"), 2)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *" ".join(PROMPTS).split()]
+    (paths[scorers.BERT] / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
+    BertTokenizer.from_pretrained(paths[scorers.BERT]).save_pretrained(paths[scorers.BERT])
+    clip = open_clip_tensors(randomize(CLIPModel(gelu), 3))
+    torch.save({"state_dict": clip}, paths[scorers.HPS])
+    torch.save(randomize(Reward(VISION, TEXT), 4).tensors(), paths[scorers.IMAGE_REWARD])
+    head = randomize(scorers.score_head(24), 5)
+    torch.save(named({"layers": head}), paths[scorers.AESTHETIC])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setenv("TORCH_HOME", str(root / "torch"))
         digest = hashlib.sha256(paths[scorers.AESTHETIC].read_bytes()).hexdigest()
         patch.setattr(scorers, "AESTHETIC_SHA256", digest)
-        patch.setattr(scorers.ImageReward, "VISION", BlipVisionConfig(**vision))
-        patch.setattr(scorers.ImageReward, "TEXT", BlipTextConfig(**text))
+        patch.setattr(scorers.ImageReward, "VISION", VISION)
+        patch.setattr(scorers.ImageReward, "TEXT", TEXT)
         yield paths

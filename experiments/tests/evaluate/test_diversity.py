@@ -81,8 +81,7 @@ def save_vision_model(folder: Path, kind: str) -> None:
 def test_diversity_is_least_for_equal_images_in_any_features(
     folders, tmp_path, features, monkeypatch
 ):
-    """Also in batches that end within a prompt. Common to all images is only their mean: both
-    folders' features, less it, are summed over to 0."""
+    """Also in batches that end within a prompt."""
     monkeypatch.setattr(diversity, "BATCH", 3)
     if features == "vae":
         name = VAE
@@ -96,20 +95,20 @@ def test_diversity_is_least_for_equal_images_in_any_features(
     assert (same.prompts, same.images) == (2, 4)
 
 
-def test_features_are_centred_on_the_mean_of_all_folders(folders, monkeypatch):
-    """A constant added to all features changes nothing; one prompt's images, which are centred on
-    both folders' mean, are not on their own: equal ones would have no direction."""
-    found = {}
-    for shift in (0, 1000):
-        moved = lambda images, shift=shift: means_of(images) + shift  # noqa: E731
-        monkeypatch.setattr(diversity, "Extractor", lambda features, moved=moved: moved)
-        found[shift] = diversity.measure(folders, "")
-    first, second = ([x.vendi for x in found[shift].values()] for shift in (0, 1000))
-    assert first == pytest.approx(second) and first[0] == pytest.approx(1)
-
-
-def means_of(images: list[Image.Image]) -> np.ndarray:
-    return np.array([np.asarray(image).mean((0, 1)) for image in images])
+def test_features_are_centred_on_the_mean_of_all_folders(tmp_path, monkeypatch):
+    """One prompt, two images of one pixel; red and green are the features."""
+    colors = {"a": [(0, 0, 0), (0, 10, 0)], "b": [(20, 0, 0), (20, 10, 0)]}
+    folders = []
+    for name, pair in colors.items():
+        images = [[Image.new("RGB", (1, 1), color) for color in pair]]
+        folders.append(make_folder(tmp_path / name, images))
+    extract = lambda images: np.array([image.getpixel((0, 0))[:2] for image in images])
+    monkeypatch.setattr(diversity, "Extractor", lambda features: extract)
+    # Less their mean, (10, 5), a folder's images have the cosine 0.6: eigenvalues 0.8 and 0.2
+    expected = math.exp(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
+    made = diversity.measure(tuple(folders), "").values()
+    assert [x.vendi for x in made] == pytest.approx([expected, expected])
+    assert [x.distance for x in made] == [10, 10]
 
 
 def test_diversity_refuses_folders_that_do_not_compare(folders, tmp_path):

@@ -165,17 +165,8 @@ def test_folders_that_cannot_be_scored_are_refused_by_name(tmp_path, bright):
         assert str(bad) in str(error.value)
     with pytest.raises(SystemExit, match="^error: .*empty has no protocol.json"):
         score.command([str(good), str(empty)])
-
-
-def test_files_among_the_folders_are_passed_over(tmp_path, bright, capsys):
-    """As by the shell's output/images/*, where sample.py's compare.png lies."""
-    folders = [make_folder(tmp_path / x, ["red", "blue"], look=i) for i, x in enumerate("ab")]
-    (tmp_path / "compare.png").write_bytes(b"")
-    given = [str(x) for x in sorted(tmp_path.iterdir())]
-    score.command([*given, "--metrics", "aesthetic", "--device", "cpu"])
-    assert f"{folders[0]} | {folders[1]} | minus the first |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least one FOLDER"):
-        run(tmp_path / "compare.png")
+        run(good / "protocol.json")
 
 
 @pytest.mark.parametrize(
@@ -199,12 +190,9 @@ def test_the_table_says_under_which_protocol_and_names_other_packages(tmp_path, 
     a = make_folder(tmp_path / "a", ["red", "blue"])
     b = make_folder(tmp_path / "b", ["red", "blue"], look=1, torch="2.9.0")
     out = run(a, b, **bright, capsys=capsys)
-    short = PROTOCOL.keys() - {"sigmas", "lora"}
-    for key in short:
-        assert f"{key} {PROTOCOL[key]}" in out
+    assert all(f"{x} {PROTOCOL[x]}" in out for x in PROTOCOL.keys() - {"sigmas", "lora"})
     assert "sigmas" not in out
     assert out.splitlines()[-1] == f"{b} was drawn with torch 2.9.0 for 2.14.1."
-    assert "was drawn with" not in run(a, **bright, capsys=capsys)
 
 
 def test_missing_weights_are_named_all_at_once(tmp_path, hub, monkeypatch):

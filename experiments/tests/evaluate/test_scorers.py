@@ -1,4 +1,4 @@
-"""Each metric's class against its formula, written out here or in small_weights.py."""
+"""Each metric's class against its formula; the files' names and weights."""
 
 import shutil
 from pathlib import Path
@@ -9,19 +9,18 @@ import torch
 from PIL import Image
 from transformers import (
     BertTokenizer,
-    BlipVisionModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
-from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from experiments.evaluate import score, scorers
-from experiments.evaluate.scorers import AESTHETIC, BERT, CLIP_H, CLIP_L, HPS, IMAGE_REWARD, PICKSCORE
+from experiments.evaluate.scorers import AESTHETIC, BERT, CLIP_H, CLIP_L, HPS, PICKSCORE
+from experiments.tests.evaluate import small_weights as small
 from experiments.tests.evaluate.folders import picture
-from experiments.tests.evaluate.small_weights import DIM, PROMPTS, WIDTH, ImageReward, OpenClip
+from experiments.tests.evaluate.small_weights import PROMPTS
 
 IMAGES = [picture(1, 64, 64), picture(2, 64, 64)]
 
@@ -41,37 +40,32 @@ def pixels_of(images: list[Image.Image], **options) -> torch.Tensor:
 
 
 @torch.no_grad()
+def cosine(model: CLIPModel, images: torch.Tensor, tokenizer: Path) -> torch.Tensor:
+    tokenize = CLIPTokenizer.from_pretrained(tokenizer)
+    output = model(pixel_values=images, **tokenize(PROMPTS, padding=True, return_tensors="pt"))
+    return (output.image_embeds * output.text_embeds).sum(-1)  # both of length 1
+
+
 def test_pickscore_is_26_times_flow_grpo_s(hub):
-    """logit_scale.exp() * (text @ image.T).diag() / 26, as flow_grpo/pickscore_scorer.py has it."""
+    """logit_scale.exp() * cosine / 26, as flow_grpo/pickscore_scorer.py has it."""
     model = CLIPModel.from_pretrained(hub[PICKSCORE]).eval()
-    tokens = CLIPTokenizer.from_pretrained(hub[CLIP_H])(
-        PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )
-    image = model.visual_projection(model.vision_model(pixels_of(IMAGES)).pooler_output)
-    text = model.text_projection(model.text_model(**tokens).pooler_output)
-    image = image / image.norm(p=2, dim=-1, keepdim=True)
-    text = text / text.norm(p=2, dim=-1, keepdim=True)
-    theirs = (model.logit_scale.exp() * (text @ image.T)).diag() / 26
+    theirs = model.logit_scale.exp() * cosine(model, pixels_of(IMAGES), hub[CLIP_H]) / 26
     assert near(values(scorers.PickScore), 26 * theirs)
 
 
-@torch.no_grad()
 def test_clipscore_is_the_cosine_with_the_middle_of_bilinear_pixels(hub):
-    """logits_per_image.diagonal() / 100. Pillow's filters round to whole grey levels, so pixels
-    by its bilinear one give nearly our value; by its bicubic one, CLIP's usual, they do not."""
+    """Pillow's filters round to whole grey levels, so pixels by its bilinear one give nearly our
+    value; by its bicubic one, CLIP's usual, they do not."""
     generator = torch.Generator().manual_seed(9)
     noise = torch.randint(0, 256, (2, 64, 96, 3), generator=generator, dtype=torch.uint8)
     images = [Image.fromarray(x.numpy()) for x in noise]
     model = CLIPModel.from_pretrained(hub[CLIP_L]).eval()
-    tokens = CLIPTokenizer.from_pretrained(hub[CLIP_L])(PROMPTS, padding=True, return_tensors="pt")
     ours, off = values(scorers.ClipScore, images), {}
     for name in ("BILINEAR", "BICUBIC"):
         resized = [image.resize((336, 224), Image.Resampling[name]) for image in images]
-        pixels = pixels_of(resized, do_resize=False)
-        theirs = model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
-        off[name] = (ours - theirs / model.logit_scale.exp()).abs().max()
-    assert ours.abs().max() <= 1 and ours[0] != ours[1]
-    assert off["BILINEAR"] < 0.25 * off["BICUBIC"], off
+        theirs = cosine(model, pixels_of(resized, do_resize=False), hub[CLIP_L])
+        off[name] = (ours - theirs).abs().max()
+    assert ours[0] != ours[1] and off["BILINEAR"] < 0.25 * off["BICUBIC"], off
 
 
 @torch.no_grad()
@@ -86,56 +80,55 @@ def test_aesthetic_is_linear_in_the_normalized_embedding(hub):
     assert near(values(scorers.Aesthetic), x[:, 0])
 
 
-@torch.no_grad()
-def test_hpsv2_is_the_cosine_of_open_clip_s_model(hub):
-    """With black below and above an image whose long side is 224."""
-    model = OpenClip(DIM, (WIDTH, 2, 2), (WIDTH, 2, 2), 60).eval()
-    model.load_state_dict(torch.load(hub[HPS], weights_only=True)["state_dict"])
-    tokenizer = CLIPTokenizer.from_pretrained(hub[CLIP_H])
-    tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"]
+def test_hpsv2_is_the_cosine_with_the_long_side_of_224(hub):
+    """And with black below and above."""
+    model = small.randomize(CLIPModel(small.clip_config(14, "gelu")), 3)
     images, padded = [picture(seed, 224, 200) for seed in (6, 7)], []
     for image in images:
         padded.append(Image.new("RGB", (224, 224)))
         padded[-1].paste(image, (0, 12))
-    assert near(values(scorers.Hpsv2, images), model(pixels_of(padded), tokens))
+    assert near(values(scorers.Hpsv2, images), cosine(model, pixels_of(padded), hub[CLIP_H]))
 
 
 @torch.no_grad()
 def test_imagereward_is_blip_s_reward(hub):
     """(mlp(first token) - 0.1672) / 1.0333, the text being cut or padded to 35 tokens."""
-    model = ImageReward(128, 2, 64, 1, 40).eval()
-    model.load_state_dict(torch.load(hub[IMAGE_REWARD], weights_only=True))
+    model = small.randomize(small.Reward(small.VISION, small.TEXT), 4)
     prompts = [PROMPTS[0], " ".join([PROMPTS[1]] * 9)]
     tokens = BertTokenizer.from_pretrained(hub[BERT])(
         prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
     )
     assert tokens["attention_mask"].sum(1).tolist() == [8, 35]
-    rewards = model(pixels_of(IMAGES), tokens["input_ids"], tokens["attention_mask"])
-    theirs = (rewards - 0.16717362830052426) / 1.0333394966054072
+    theirs = (model(pixels_of(IMAGES), tokens) - 0.16717362830052426) / 1.0333394966054072
     assert near(values(scorers.ImageReward, prompts=prompts), theirs)
 
 
 def test_each_tensor_of_the_published_files_has_a_place():
     """Names and shapes; on the meta device, so without memory."""
     sizes = {"num_attention_heads": 16, "hidden_act": "gelu"}
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-    options = {"text_config": text | sizes, "vision_config": vision | sizes | {"patch_size": 14}}
+    text = sizes | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision = sizes | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    vision |= {"patch_size": 14}
     with torch.device("meta"):
-        clip = OpenClip(1024, (1280, 32, 16), (1024, 24, 16), 49408).state_dict()
-        reward = ImageReward(1024, 24, 768, 12, 30524).state_dict()
-        images, texts, head = scorers.image_reward_parts(reward)
-        assert len(clip) == 686
-        for made, module in (
-            (scorers.clip_from_open_clip(clip), CLIPModel(CLIPConfig(projection_dim=1024, **options))),
-            (images, BlipVisionModel(scorers.ImageReward.VISION)),
-            (texts, BlipTextModel(scorers.ImageReward.TEXT, add_pooling_layer=False)),
-            (head, scorers.score_head(768)),
-        ):
-            own = module.state_dict()
-            assert {x: t.shape for x, t in made.items()} == {x: t.shape for x, t in own.items()}
-    vision, text = scorers.ImageReward.VISION, scorers.ImageReward.TEXT
-    assert (vision.num_attention_heads, text.num_attention_heads) == (16, 12)  # of 64
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+        clip, reward = CLIPModel(config), small.Reward(*small.PUBLISHED)
+        published = small.open_clip_tensors(clip)
+        assert len(published) == 686 and len(reward.tensors()) == 625
+        pairs = [(scorers.clip_from_open_clip(published), clip)]
+        modules = (reward.vision, reward.text, reward.head)
+        pairs += zip(scorers.image_reward_parts(reward.tensors()), modules)
+    for made, module in pairs:
+        own = module.state_dict()
+        assert {x: t.shape for x, t in made.items()} == {x: t.shape for x, t in own.items()}
+
+
+def test_imagereward_s_sizes_are_those_of_its_file():
+    vision, text = small.PUBLISHED
+    assert (vision.num_hidden_layers, text.num_hidden_layers) == (24, 12)
+    assert (vision.num_attention_heads, text.num_attention_heads) == (16, 12)
+    assert (vision.hidden_size, text.hidden_size, text.encoder_hidden_size) == (1024, 768, 1024)
+    assert (vision.intermediate_size, text.intermediate_size) == (4096, 3072)
+    assert (vision.image_size, vision.patch_size, text.vocab_size) == (224, 16, 30524)
     assert (vision.layer_norm_eps, text.layer_norm_eps) == (1e-6, 1e-12)
     assert vision.hidden_act == text.hidden_act == "gelu"
 
@@ -170,7 +163,7 @@ def instead(monkeypatch, tmp_path, hub):
     def put(source: str, content: object) -> Path:
         torch.save(content, tmp_path / "other.pt")
         own = scorers.locate
-        found = lambda x: tmp_path / "other.pt" if x == source else own(x)  # noqa: E731
+        found = lambda x: tmp_path / "other.pt" if x == source else own(x)
         monkeypatch.setattr(scorers, "locate", found)
         return tmp_path / "other.pt"
 
@@ -208,7 +201,7 @@ def test_a_clip_that_lacks_a_tensor_is_refused_by_name(hub, tmp_path, monkeypatc
         values(scorers.ClipScore)
 
 
-def test_an_aesthetic_head_with_another_digest_is_refused(hub, monkeypatch):
+def test_an_aesthetic_head_of_another_digest_is_refused(hub, monkeypatch):
     monkeypatch.setattr(scorers, "AESTHETIC_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=f"{hub[AESTHETIC].name} has sha256.*{'0' * 64}"):
+    with pytest.raises(ValueError, match=f"linearMSE.pth has sha256.*{'0' * 64}"):
         scorers.identity(AESTHETIC)
