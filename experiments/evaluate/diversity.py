@@ -32,8 +32,7 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Two or more folders of sample.py, each with two or more images per prompt."""
     features: str = "stabilityai/stable-diffusion-3.5-medium/vae"
-    """PIPELINE/vae: the latents of that pipeline's VAE. Else a vision model that transformers
-    loads, such as DINOv2 or CLIP. A path or a hub id."""
+    """PIPELINE/vae, a pipeline's VAE; or a vision model of transformers, as DINOv2. Path or id."""
 
 
 class Diversity(NamedTuple):

@@ -212,8 +212,7 @@ def score(name: str, scorer: str, folders: list[Folder], device: torch.device) -
 
 
 def read_results(names: list[str], folders: list[Folder]) -> list[str]:
-    """Read what other programs computed, where it is named or there. Returns what was found.
-
+    """Read what other programs computed, where it is named or there; returns what was found.
     Raises ValueError: how to make what is named and missing."""
     found = []
     for name, (file, _) in READ.items():

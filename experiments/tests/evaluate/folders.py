@@ -25,8 +25,8 @@ def make_folder(
     path: Path, prompts: list[str], images: int = 2, look: int = 0, rows: tuple = (), **protocol
 ) -> Path:
     """Each from weights of its own; rows: the lines of the prompt file, if they hold more."""
-    lines = []
     path.mkdir(parents=True, exist_ok=True)
+    lines = []
     own = {"from": {"transformer": path.name}, "transformer": path.name}
     (path / "protocol.json").write_text(json.dumps(own | PROTOCOL | protocol))
     for i, prompt in enumerate(prompts):
@@ -43,7 +43,8 @@ def make_folder(
 
 
 def run(*folders: Path, capsys=None, **fields) -> str:
-    score.main(score.Args(folders=folders, device="cpu", **fields))
+    args = score.Args(folders=folders, device="cpu", **fields)
+    score.main(args)
     return capsys.readouterr().out if capsys else ""
 
 

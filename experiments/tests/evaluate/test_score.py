@@ -56,8 +56,9 @@ def test_mean_error_and_paired_difference(tmp_path, bright, capsys):
     a, b = (np.reshape(values_of(folder, "aesthetic"), (3, 2)) for folder in folders)
     summary = summary_of(folders[1])
     for got, per_image, cell, form in (
-        (summary["metrics"], b, row[2], ".4g"), (summary["minus"]["metrics"], b - a, row[3], "+.3g"),
-    ):  # fmt: skip
+        (summary["metrics"], b, row[2], ".4g"),
+        (summary["minus"]["metrics"], b - a, row[3], "+.3g"),
+    ):
         per_prompt = per_image.mean(1)
         error = per_prompt.std(ddof=1) / 3**0.5
         assert got["aesthetic"]["mean"] == pytest.approx(per_prompt.mean())
