@@ -1,38 +1,23 @@
 """The paper's metrics for folders of sample.py, as one table.
 
-    python -m experiments.evaluate.score output/drawbench/base output/drawbench/output-soar-final
-    python -m experiments.evaluate.score output/ocr/base output/ocr/output-soar-final \\
-        --metrics ocr --ocr_python .venv-ocr/bin/python
-    python -m experiments.evaluate.score output/geneval/base output/geneval/output-soar-final \\
-        --metrics geneval --check_base
+    python -m experiments.evaluate.score output/drawbench/base output/drawbench/output-soar
+    python -m experiments.evaluate.score output/geneval/* --metrics geneval
 
-A row of the table is a metric, a column a folder: the mean over images, which for GenEval is the
-mean over tasks of theirs, in brackets its standard error over prompts. Folders after the first
-also have their paired difference from the first. FOLDER/scores.jsonl gets one line for each image,
-FOLDER/scores.json the means. The same command goes on with a run that was killed. A score is kept
-only while the image, its prompt and the metric's weights are those that it was computed from;
-else it is computed anew, and the reason printed. Prompts with the same text count as one prompt.
-Files among the folders, such as sample.py's compare.png, are passed over.
+A row is a metric, a column a folder: the mean over images, for GenEval the mean over tasks of
+theirs, in brackets its standard error over prompts; prompts with the same text count as one.
+Folders after the first also have their paired difference from the first. Files among the folders,
+such as sample.py's compare.png, are passed over.
 
-| metric      | scale           | computed by                                               |
-| pickscore   | 20 to 24        | transformers' CLIP                                        |
-| clipscore   | 0.2 to 0.4      | transformers' CLIP                                        |
-| aesthetic   | 1 to 10         | transformers' CLIP and LAION's linear head                |
-| hpsv2       | 0.2 to 0.35     | transformers' CLIP from HPS v2.1's file                   |
-| imagereward | -2 to 2         | transformers' BLIP from ImageReward's file                |
-| ocr         | 0 to 1          | PaddleOCR 2.9.1 in an environment of its own              |
-| ocr_rapid   | 0 to 1          | rapidocr: runs anywhere, not comparable with the paper    |
-| geneval     | 0 to 1          | GenEval's evaluate_images.py: FOLDER/results.jsonl is read |
-| geneval2    | 0 to 100        | GenEval 2's evaluation.py, which it says how to run       |
+Five metrics are computed here (scorers.py). ocr, geneval and geneval2 are read from files that
+other environments write (geneval.py); where one is missing, the command for it is printed.
+FOLDER/scores.json gets the means and each image's scores. Scores of the same images, prompts and
+weights are not computed again.
 """
 
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,24 +27,14 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.evaluate.geneval import (
-    Column,
-    ask_geneval2,
-    read_geneval,
-    read_geneval2,
-    read_json,
-    read_lines,
-)
+from experiments.evaluate.geneval import READ, Column, how_to_make, parse, per_image, read_lines
 from experiments.evaluate.scorers import (
     Aesthetic,
     ClipScore,
     Hpsv2,
     ImageReward,
-    Ocr,
-    OcrRapid,
     PickScore,
-    Weights,
-    quoted,
+    identity,
 )
 from sample import save_whole
 
@@ -70,34 +45,10 @@ MODEL_BASED = {
     "hpsv2": Hpsv2,
     "imagereward": ImageReward,
 }
-READ = {  # what programs of others compute: the file that holds it in a folder
-    "geneval": ("results.jsonl", read_geneval),
-    "geneval2": ("score_lists.json", read_geneval2),
-}
-Metric = Literal[
-    "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward",
-    "ocr", "ocr_rapid", "geneval", "geneval2",
-]  # fmt: skip
-# Stable Diffusion 3.5 Medium: prompts and images of each; base, SFT, SOAR. Source: README.md of
-# Tencent-Hunyuan/HY-SOAR; the sets are those in dataset/ of NVlabs/DiffusionNFT.
-PUBLISHED = {
-    "geneval": ("553 x 4, 6 tasks", 0.63, 0.70, 0.78),
-    "ocr": ("1018 x 1", 0.59, 0.64, 0.67),
-    "pickscore": ("200 x 5", 22.34, 22.71, 22.86),
-    "hpsv2": ("200 x 5", 0.279, 0.284, 0.289),
-    "aesthetic": ("200 x 5", 5.36, 5.35, 5.46),
-    "imagereward": ("200 x 5", 0.85, 1.04, 1.09),
-    "clipscore": ("200 x 5", 0.285, 0.295, 0.295),
-}
-GENEVAL2_BASE = (
-    "geneval2: for the base one figure was found, 22, with guidance 4.5, 40 steps, 512 pixels, 256 "
-    "tokens: a developer's, not a paper's (Tencent-Hunyuan/UniRL, issue 221)."
-)
-PAPER = {"guidance_scale": 4.5, "num_inference_steps": 40, "height": 512, "width": 512}
+Metric = Literal[*MODEL_BASED, *READ]
 WEIGHTS = ("from", "transformer", "lora")  # keys of protocol.json that a comparison is about
 PACKAGES = ("torch", "diffusers", "transformers")  # other versions are named, not refused
-FOOTER = (*PAPER, "max_sequence_length", "seed", "mixed_precision")
-SAVE_EVERY = 30  # seconds
+BATCH = 16  # images in one forward
 
 
 @dataclass(frozen=True)
@@ -105,28 +56,9 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders that sample.py has finished; differences are from the first."""
     metrics: tuple[Metric, ...] = tuple(MODEL_BASED)
-    """What to compute. geneval and geneval2 are added where a folder has their results."""
-    weights: tuple[str, ...] = ()
-    """ID=PATH, files on this machine in place of the hub's: a directory, or for xswu/HPSv2,
-    THUDM/ImageReward and the aesthetic head, sac+logos+ava1-l14-linearMSE.pth, a file."""
-    batch_size: int = 16
-    """Images in one forward."""
+    """What to compute or read. What other environments wrote is added where it is there."""
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where models run."""
-    ocr_python: Path = Path(sys.executable)
-    """For ocr: the Python of the environment that has paddleocr."""
-    check_base: bool = False
-    """Also print the paper's base, SFT and SOAR, and how far the first folder is from its base."""
-    across_protocols: bool = False
-    """Compare folders whose images differ by more than their weights: the table names by what."""
-
-    def __post_init__(self):
-        if all(folder.is_file() for folder in self.folders):
-            raise ValueError("give at least one FOLDER that sample.py has finished")
-        if len({folder.resolve() for folder in self.folders}) < len(self.folders):
-            raise ValueError(f"one folder is given twice: {' '.join(map(str, self.folders))}")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size is {self.batch_size}, expected at least 1")
 
 
 # --- Folders and their scores -------------------------------------------------------------------
@@ -138,109 +70,86 @@ class Folder:
     def __init__(self, path: Path):
         """Raises ValueError: sample.py has not finished it, or an image is missing."""
         self.path = path
-        samples = path / "samples.jsonl"
-        if not samples.is_file():
-            raise ValueError(f"{path} has no samples.jsonl: sample.py has not finished it")
-        if not (path / "protocol.json").is_file():
-            raise ValueError(f"{path} has no protocol.json, which sample.py writes first")
-        self.protocol = read_json(path / "protocol.json")
-        self.unlike: dict[str, list] = {}  # protocol, weights apart: the first folder's, this one's
-        self.rows = read_lines(samples)
-        missing = [row["file"] for row in self.rows if not (path / row["file"]).is_file()]
-        if missing:
-            raise ValueError(f"{path} lacks {len(missing)} of its images, such as {missing[0]}")
-        for row in self.rows:
-            row["sha256"] = hashlib.sha256((path / row["file"]).read_bytes()).hexdigest()
-        self.prompts = [row["prompt"] for row in self.rows]
-        self.keys = [(row["prompt_index"], row["image_index"]) for row in self.rows]
-        self.read: dict[str, dict[str, Column]] = {}  # rows of the metrics of READ
-        self.scorers: dict[str, str] = {}  # the weights of each metric that rows have
+        for name in ("protocol.json", "samples.jsonl"):
+            if not (path / name).is_file():
+                raise ValueError(f"{path} has no {name}: sample.py has not finished it")
+        self.protocol = parse((path / "protocol.json").read_text(), path / "protocol.json")
+        self.rows = []
+        for line in read_lines(path / "samples.jsonl"):
+            row = {key: line[key] for key in ("file", "prompt", "prompt_index", "image_index")}
+            file = path / row["file"]
+            if not file.is_file():
+                raise ValueError(f"{path} lacks {row['file']}: run sample.py again")
+            self.rows.append(row | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()})
+        self.set = [(row["prompt"], row["prompt_index"], row["image_index"]) for row in self.rows]
+        self.columns: dict[str, dict[str, Column]] = {}  # by metric, its rows of the table
+        self.scorers: dict[str, str] = {}  # by metric, the weights or the file that it is of
         self.recall()
 
     def recall(self) -> None:
-        """Take over the scores of images that are the same as when they were scored."""
-        kept, summary = self.path / "scores.jsonl", self.path / "scores.json"
-        if not kept.is_file() or not summary.is_file():
+        """Take over what an earlier run computed, if it was of the same images and prompts."""
+        file = self.path / "scores.json"
+        if not file.is_file():
             return
-        scorers = read_json(summary)["scorers"]
-        self.scorers = {name: x for name, x in scorers.items() if name not in READ}
-        known = {(line["file"], line["prompt"], line["sha256"]): line for line in read_lines(kept)}
-        for row in self.rows:
-            line = known.get((row["file"], row["prompt"], row["sha256"]), {})
-            row |= {name: line[name] for name in self.scorers if name in line}
+        kept = parse(file.read_text(), file)
+        same = [{key: row[key] for key in self.rows[0]} for row in kept.get("rows", [])]
+        if same != self.rows:
+            print(f"{file} is of other images or prompts: its scores are computed anew")
+            return
+        for name, scorer in kept["scorers"].items():
+            if name in MODEL_BASED:
+                self.take([row[name] for row in kept["rows"]], name, scorer)
 
-    def expect(self, name: str, identity: str) -> list[dict]:
-        """The rows without a score of this metric by these weights; others' scores are dropped."""
-        scored = [row for row in self.rows if name in row]
-        if scored and self.scorers[name] != identity:
-            was = self.scorers[name]
-            print(f"{self.path}: {name} is computed anew: was by {was}, now by {identity}")
-            for row in scored:
-                del row[name]
-        elif name in self.scorers and len(scored) < len(self.rows):
-            print(f"{self.path}: {name} is computed for {len(self.rows) - len(scored)} images")
-        if self.scorers.get(name) != identity:
-            self.scorers[name] = identity
-            self.save()  # now, without the old scores: they never stand under the new weights
-        return [row for row in self.rows if name not in row]
+    def take(self, values: list[float], name: str, scorer: str) -> None:
+        self.columns[name] = {name: per_image(values, self.rows)}
+        self.scorers[name] = scorer
+
+    def read(self, name: str) -> None:
+        """Take what another program computed."""
+        path = self.path / READ[name][0]
+        self.columns[name] = READ[name][1](path, self.rows)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.scorers[name] = f"{path.name} sha256 {digest}"
 
     def save(self, **summary) -> None:
-        lines = [json.dumps(row) + "\n" for row in self.rows]
-        save_whole("".join(lines), self.path / "scores.jsonl")
-        text = json.dumps({"scorers": self.scorers, **summary}, indent=1)
-        save_whole(text + "\n", self.path / "scores.json")
-
-    def take(self, name: str) -> None:
-        """Read what another program computed."""
-        file, read = READ[name]
-        if not (self.path / file).is_file():
-            raise ValueError(f"{self.path} has no {file}: run GenEval's evaluate_images.py")
-        self.read[name] = read(self.path, self.rows)
-        for row, value in zip(self.rows, self.read[name][name].values):
-            row[name] = float(value)
-        digest = hashlib.sha256((self.path / file).read_bytes()).hexdigest()
-        self.scorers[name] = f"{file} sha256 {digest}"
-
-    def columns(self, name: str) -> dict[str, Column]:
-        """A metric's rows of the table by name; none if it was not computed for all images."""
-        if name in self.read:
-            return self.read[name]
-        if not all(name in row for row in self.rows):
-            return {}
-        values = np.array([row[name] for row in self.rows])
-        return {name: Column(values, np.array(self.prompts), np.full(len(values), ""))}
+        rows = [dict(row) for row in self.rows]
+        for name, made in self.columns.items():
+            for row, value in zip(rows, made[name].values):
+                row[name] = float(value)
+        whole = {"scorers": self.scorers, **summary, "rows": rows}
+        save_whole(json.dumps(whole, indent=1) + "\n", self.path / "scores.json")
 
 
-def open_folders(args: Args) -> list[Folder]:
-    """Raises ValueError: two folders do not hold images of the same prompts, or not under the same
-    protocol."""
-    folders = [Folder(path) for path in args.folders if not path.is_file()]
+def unlike(first: Folder, other: Folder, keys: set[str]) -> str:
+    """Where two protocols differ, such as "guidance_scale 1.0 for 4.5"."""
+    parts = []
+    for key in sorted(keys):
+        a, b = first.protocol.get(key), other.protocol.get(key)
+        if a != b:
+            parts.append(f"{key} {b!s:.40} for {a!s:.40}")
+    return ", ".join(parts)
+
+
+def open_folders(paths: tuple[Path, ...]) -> list[Folder]:
+    """Raises ValueError: two folders are not of the same prompts, or of different protocols."""
+    folders = [Folder(path) for path in paths if not path.is_file()]
+    if not folders:
+        raise ValueError("give at least one FOLDER that sample.py has finished")
     first = folders[0]
     for folder in folders[1:]:
-        if (folder.keys, folder.prompts) != (first.keys, first.prompts):
+        if folder.set != first.set:
             raise ValueError(
                 f"{folder.path} and {first.path} are of different prompts or numbers of images: "
                 "differences would mean nothing. Give one set of prompts at a time"
             )
-        for key in first.protocol | folder.protocol:
-            pair = [first.protocol.get(key), folder.protocol.get(key)]
-            if key not in WEIGHTS and pair[0] != pair[1]:
-                folder.unlike[key] = pair
-        if folder.unlike.keys() - set(PACKAGES) and not args.across_protocols:
+        keys = (first.protocol | folder.protocol).keys() - {*WEIGHTS, *PACKAGES}
+        differ = unlike(first, folder, keys)
+        if differ:
             raise ValueError(
-                f"{folder.path} differs from {first.path} by more than weights: "
-                f"{unlike_text(folder)}. --across_protocols compares them and says so"
+                f"{folder.path} differs from {first.path} by more than weights: {differ}. "
+                "Draw both alike, or give each to a command of its own"
             )
     return folders
-
-
-def unlike_text(folder: Folder) -> str:
-    """Such as "guidance_scale 1.0 for 4.5"; long lists and digests are left out."""
-    parts = []
-    for key, (first, own) in folder.unlike.items():
-        short = max(len(str(first)), len(str(own))) < 40
-        parts.append(f"{key} {own} for {first}" if short else key)
-    return ", ".join(parts)
 
 
 # --- Scoring ------------------------------------------------------------------------------------
@@ -255,81 +164,73 @@ def open_image(path: Path) -> Image.Image:
 
 
 @torch.no_grad()
-def fill(folder: Folder, name: str, rows: list[dict], scorer: Callable, batch_size: int) -> None:
-    """Score rows, saving every SAVE_EVERY seconds. Raises ValueError: a score is not finite."""
-    saved = time.monotonic()
-    total = len(folder.rows)
-    label = f"{name} of {folder.path}"
-    with tqdm(total=total, initial=total - len(rows), unit="image", desc=label) as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            images = [open_image(folder.path / row["file"]) for row in batch]
-            values = scorer(images, [row["prompt"] for row in batch])
-            values = values.tolist() if isinstance(values, torch.Tensor) else values
-            for row, value in zip(batch, values, strict=True):
-                if not np.isfinite(value):
-                    raise ValueError(f"{name} of {folder.path / row['file']} is {value}")
-                row[name] = value
-            bar.update(len(batch))
-            if time.monotonic() - saved > SAVE_EVERY:
-                folder.save()
-                saved = time.monotonic()
-    folder.save()
+def compute(folder: Folder, name: str, model) -> list[float]:
+    """A model's value for each image. Raises ValueError: one is not finite."""
+    values = []
+    for start in tqdm(range(0, len(folder.rows), BATCH), desc=f"{name} of {folder.path}"):
+        batch = folder.rows[start : start + BATCH]
+        images = [open_image(folder.path / row["file"]) for row in batch]
+        values += map(float, model(images, [row["prompt"] for row in batch]))
+    for row, value in zip(folder.rows, values, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"{name} of {folder.path / row['file']} is {value}")
+    return values
 
 
-def find_scorers(args: Args, names: list[str]) -> dict[str, tuple[str, Callable]]:
-    """By metric: the identity of its weights, and what loads it.
-
-    Raises OSError: names all weights that are not to be had."""
-    weights, found, missing = Weights(args.weights), {}, {}
+def find_weights(names: list[str]) -> dict[str, str]:
+    """By metric, of which commits its weights are. Raises OSError: names all that are missing."""
+    found, missing = {}, []
     for name in names:
-        if name == "ocr":
-            found[name] = Ocr.versions(args.ocr_python), partial(Ocr, args.ocr_python)
-        elif name == "ocr_rapid":
-            found[name] = OcrRapid.versions(), OcrRapid
-        else:
-            kind, identities = MODEL_BASED[name], []
-            for source in kind.SOURCES:
-                try:
-                    identities.append(f"{source} {weights.identity(source)}")
-                except OSError as error:
-                    missing[source] = error
-            load = partial(kind, weights, torch.device(args.device))
-            found[name] = "; ".join(identities), load
+        sources = MODEL_BASED[name].SOURCES
+        try:
+            found[name] = "; ".join(identity(source) for source in sources)
+        except OSError as error:
+            missing.append(f"{name}, which needs {' and '.join(sources)} ({error})")
     if missing:
         raise OSError(
-            f"not on this machine, and not to be had from the hub: {', '.join(missing)}. Give the "
-            f"path of each: --weights ID=PATH ... ({next(iter(missing.values()))})"
+            "weights are neither here nor to be had from the hub. Where it can be reached: hf "
+            f"download ID; then bring its HF_HOME or TORCH_HOME here. For {'; '.join(missing)}"
         )
     return found
 
 
-def score(args: Args, name: str, scorer: tuple[str, Callable], folders: list[Folder]) -> None:
-    """One metric for all folders; its model is loaded only if an image still needs it."""
-    identity, load = scorer
-    todo = [folder.expect(name, identity) for folder in folders]
-    if not any(todo):
+def score(name: str, scorer: str, folders: list[Folder], device: torch.device) -> None:
+    """One metric for all folders; its model is loaded only if one still needs it."""
+    todo = [folder for folder in folders if folder.scorers.get(name) != scorer]
+    if not todo:
         return
     try:
-        model = load()
+        model = MODEL_BASED[name](device)
     except OSError as error:
-        raise OSError(f"{name} needs {identity}; --weights ID=PATH gives files: {error}") from None
-    try:
-        for folder, rows in zip(folders, todo):
-            if rows:
-                fill(folder, name, rows, model, args.batch_size)
-    finally:
-        if isinstance(model, Ocr):
-            model.close()
+        raise OSError(f"{name} needs all of {scorer}: {error}") from None
+    for folder in todo:
+        if name in folder.scorers:
+            was = folder.scorers[name]
+            print(f"{folder.path}: {name} is computed anew: was by {was}, now by {scorer}")
+        folder.take(compute(folder, name, model), name, scorer)
+        folder.save()
+
+
+def read_results(names: list[str], folders: list[Folder]) -> list[str]:
+    """Read what other programs computed, where it is named or there; returns what was found.
+    Raises ValueError: how to make what is named and missing."""
+    found = []
+    for name, (file, _) in READ.items():
+        there = [folder for folder in folders if (folder.path / file).is_file()]
+        lacking = [folder for folder in folders if folder not in there]
+        if name in names and lacking:
+            raise ValueError("\n".join(how_to_make(name, x.path, x.rows) for x in lacking))
+        for folder in there:
+            folder.read(name)
+        if there:
+            found.append(name)
+    return found
 
 
 # --- The table ----------------------------------------------------------------------------------
 
 
-Cell = tuple[float, float]  # mean, standard error
-
-
-def mean_and_error(column: Column) -> Cell:
+def mean_and_error(column: Column) -> tuple[float, float]:
     """The mean over groups of the mean over a group's values, and its standard error if prompts
     are drawn at random (nan if a group has one). With tasks as groups this is the overall score of
     GenEval's evaluation/summary_scores.py, which knows no prompts."""
@@ -348,135 +249,81 @@ def mean_and_error(column: Column) -> Cell:
     return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(means))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A metric's line: one (mean, standard error) and one paired difference for each folder."""
-
-    name: str
-    size: str
-    cells: list[Cell | None]
-    differences: list[Cell | None]
+def minus(column: Column | None, first: Column | None) -> Column | None:
+    """The differences image by image; None if the two are not of the same prompts and tasks."""
+    if not column or not first or not column.pairs_with(first):
+        return None
+    return replace(column, values=column.values - first.values)
 
 
-def compare(name: str, columns: list[Column | None]) -> Row:
-    """A row from one column for each folder."""
-    first, cells, differences = columns[0], [], []
-    for column in columns:
-        cells.append(mean_and_error(column) if column else None)
-        paired = column and first and column is not first and column.pairs_with(first)
-        minus = replace(column, values=column.values - first.values) if paired else None
-        differences.append(mean_and_error(minus) if minus else None)
-    size = next(column.size() for column in columns if column)
-    return Row(name, size, cells, differences)
-
-
-def all_rows(names: list[str], folders: list[Folder]) -> list[Row]:
-    """Each metric's row; GenEval's are followed by those of their parts."""
-    rows = []
+def table_of(names: list[str], folders: list[Folder]) -> dict[str, list[Column | None]]:
+    """By row of the table a column for each folder; GenEval's are followed by their parts'."""
+    rows = {}
     for name in names:
-        columns = [folder.columns(name) for folder in folders]
+        columns = [folder.columns.get(name, {}) for folder in folders]
         for part in dict.fromkeys(part for made in columns for part in made):
-            rows.append(compare(part, [made.get(part) for made in columns]))
+            rows[part] = [made.get(part) for made in columns]
     return rows
 
 
-def show(cell: Cell | None, digits: int, sign: str = "") -> str:
-    if cell is None:
+def show(column: Column | None, form: str = ".4g") -> str:
+    if column is None:
         return ""
-    mean, error = cell
-    return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(error) else f" ({error:.{digits}f})")
+    mean, error = mean_and_error(column)
+    return f"{mean:{form}}" + ("" if np.isnan(error) else f" ({error:.2g})")
 
 
-def table(rows: list[Row], folders: list[Folder], check_base: bool) -> str:
+def render(rows: dict[str, list[Column | None]], folders: list[Folder]) -> str:
     """Markdown, and below it under which protocol the images were made."""
-    head = ["metric", "prompts x images", str(folders[0].path)]
+    first = folders[0]
+    head = ["metric", "prompts x images", str(first.path)]
     for folder in folders[1:]:
         head += [str(folder.path), "minus the first"]
-    if check_base:
-        head += ["paper: base", "SFT", "SOAR", "the first minus the paper's base"]
-    lines, notes = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)], []
-    for row in rows:
-        digits = 4 if row.name in ("clipscore", "hpsv2") else 3
-        line = [row.name, row.size, show(row.cells[0], digits)]
-        for cell, difference in zip(row.cells[1:], row.differences[1:]):
-            line += [show(cell, digits), show(difference, digits, "+")]
-        if check_base:
-            line += against_paper(row, digits, folders[0].protocol, notes)
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    for name, columns in rows.items():
+        size = next(column.size() for column in columns if column)
+        line = [name, size, show(columns[0])]
+        for column in columns[1:]:
+            line += [show(column), show(minus(column, columns[0]), "+.3g")]
         lines.append(line)
     text = ["| " + " | ".join(line) + " |" for line in lines]
-    made = ", ".join(f"{key} {folders[0].protocol.get(key)}" for key in FOOTER)
-    text += ["", f"Images: {made}. Our scorers: float32."]
+    made = {key: str(value) for key, value in first.protocol.items() if key not in WEIGHTS}
+    short = [f"{key} {value}" for key, value in made.items() if len(value) < 40]
+    text += ["", f"Images: {', '.join(short)}. Our scorers: float32."]
     for folder in folders[1:]:
-        if folder.unlike:
-            text.append(f"{folder.path} differs by more than weights: {unlike_text(folder)}.")
-    return "\n".join(text + notes)
+        differ = unlike(first, folder, set(PACKAGES))
+        if differ:
+            text.append(f"{folder.path} was drawn with {differ}.")
+    return "\n".join(text)
 
 
-def against_paper(row: Row, digits: int, protocol: dict, notes: list[str]) -> list[str]:
-    """The paper's three numbers, and ours minus its base; or a note on why these do not compare."""
-    if row.name not in PUBLISHED:
-        return ["", "", "", ""]
-    size, *published = PUBLISHED[row.name]
-    theirs = {"prompts x images": size} | PAPER
-    ours = {"prompts x images": row.size} | protocol
-    other = [f"{x} {ours.get(x)}, there {y}" for x, y in theirs.items() if ours.get(x) != y]
-    if other:
-        notes.append(f"{row.name} is not set against the paper's base: {'; '.join(other)}.")
-    own = row.cells[0]
-    difference = "" if other or own is None else f"{own[0] - published[0]:+.{digits}f}"
-    return [*map(str, published), difference]
+def as_json(column: Column) -> dict:
+    mean, error = mean_and_error(column)
+    error = None if np.isnan(error) else error  # JSON has no nan
+    return {"mean": mean, "standard_error": error, "of": column.size()}
 
 
-def numbers(cell: Cell | None) -> dict | None:
-    """For scores.json, which has no nan."""
-    if cell is None:
-        return None
-    mean, error = cell
-    return {"mean": mean, "standard_error": None if np.isnan(error) else error}
-
-
-def summarize(rows: list[Row], folders: list[Folder]) -> None:
+def summarize(rows: dict[str, list[Column | None]], folders: list[Folder]) -> None:
     """Write each folder's scores.json: all its metrics, and differences of those in the table."""
     for i, folder in enumerate(folders):
-        own = all_rows(list(folder.scorers), [folder])
-        metrics = {x.name: numbers(x.cells[0]) | {"of": x.size} for x in own}
-        minus = {row.name: numbers(row.differences[i]) for row in rows if row.differences[i]}
-        counts = {"images": len(folder.rows), "prompts": len(set(folder.prompts))}
-        first = {"folder": str(folders[0].path), "unlike": folder.unlike, "metrics": minus}
-        folder.save(**counts, metrics=metrics, **({"minus": first} if i else {}))
-
-
-def read_results(names: list[str], folders: list[Folder]) -> None:
-    """Read what other programs computed, where it is named or there; names gets what was found."""
-    if "geneval2" in names:
-        lacking = [x for x in folders if not (x.path / "score_lists.json").is_file()]
-        if lacking:
-            raise ValueError("\n".join([ask_geneval2(x.path, x.rows) for x in lacking]))
-    for name, (file, _) in READ.items():
-        there = [folder for folder in folders if (folder.path / file).is_file()]
-        for folder in folders if name in names else there:
-            folder.take(name)
-        if there and name not in names:
-            names.append(name)
+        own = table_of(list(folder.columns), [folder])
+        metrics = {name: as_json(columns[0]) for name, columns in own.items()}
+        paired = {name: minus(columns[i], columns[0]) for name, columns in rows.items() if i}
+        differences = {name: as_json(column) for name, column in paired.items() if column}
+        first = {"folder": str(folders[0].path), "metrics": differences}
+        folder.save(metrics=metrics, minus=first)
 
 
 def main(args: Args) -> None:
     torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions would round to 10 bits
-    folders = open_folders(args)
-    names = list(dict.fromkeys(args.metrics))
-    for prompt in folders[0].prompts if {"ocr", "ocr_rapid"} & set(names) else ():
-        quoted(prompt)  # before any model is loaded
-    found = find_scorers(args, [name for name in names if name not in READ])
-    read_results(names, folders)
-    for name, scorer in found.items():
-        score(args, name, scorer, folders)
-    rows = all_rows(names, folders)
+    folders = open_folders(args.folders)
+    weights = find_weights([name for name in dict.fromkeys(args.metrics) if name in MODEL_BASED])
+    found = read_results(list(args.metrics), folders)
+    for name, scorer in weights.items():
+        score(name, scorer, folders, torch.device(args.device))
+    rows = table_of([*weights, *found], folders)
     summarize(rows, folders)
-    print(table(rows, folders, args.check_base))
-    if "ocr_rapid" in names:
-        print("ocr_rapid: other models than the paper's OCR, not comparable with it.")
-    if "geneval2" in names:
-        print(GENEVAL2_BASE)
+    print(render(rows, folders))
 
 
 def command(words: list[str] | None = None) -> None:
@@ -486,7 +333,7 @@ def command(words: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on from the last save")
+        sys.exit("\nstopped: the same command goes on from the last metric")
 
 
 if __name__ == "__main__":

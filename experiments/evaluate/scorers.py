@@ -1,21 +1,15 @@
 """The paper's metrics as classes: each takes images and their prompts and returns one number each.
 
-All models run in float32 through transformers. Weights come from the Hugging Face hub, or from
-where Weights is told that they are. Pickled files are read with weights_only=True: tensors and
-nothing else. Beside the CLIPs, two models are stored in the names of other packages, open_clip
-(HPS v2.1) and image-reward; the tensors are renamed here, so that neither package is needed.
+All models run in float32 through transformers, with weights from the Hugging Face hub or its cache.
+Pickled files are read with weights_only=True: tensors and nothing else. Beside the CLIPs, two
+models are stored in the names of other packages, open_clip (HPS v2.1) and image-reward; the tensors
+are renamed here, so that neither package is needed.
 """
 
-import base64
 import hashlib
-import io
-import json
 import os
-import subprocess
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on torchvision, at import
@@ -25,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
@@ -58,74 +51,37 @@ AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0
 # --- Weights ------------------------------------------------------------------------------------
 
 
-class Weights:
-    """Finds weights by id: on the hub, or where --weights puts them."""
-
-    def __init__(self, given: tuple[str, ...] = ()):
-        """Raises ValueError: an entry is not ID=PATH of a known id; FileNotFoundError: no PATH."""
-        known = (PICKSCORE, CLIP_H, CLIP_L, HPS, IMAGE_REWARD, BERT, AESTHETIC)
-        self.local: dict[str, Path] = {}
-        for entry in given:
-            name, _, path = entry.partition("=")
-            if name not in known or not path:
-                ids = " ".join(known)
-                raise ValueError(f"--weights {entry}: expected ID=PATH, ID one of {ids}")
-            self.local[name] = Path(path)
-            if not self.local[name].exists():
-                raise FileNotFoundError(f"--weights {entry}: there is no {path}")
-
-    def repository(self, name: str) -> str:
-        """What from_pretrained takes: a directory, or the hub id."""
-        return str(self.local.get(name, name))
-
-    def file(self, name: str) -> Path:
-        """The file of weights that come as one file."""
-        if name in self.local:
-            return self.local[name]
-        if name == AESTHETIC:
-            return download_head()
-        return Path(hf_hub_download(name, FILES[name]))
-
-    def identity(self, name: str) -> str:
-        """The hub's commit, or the sha256 of files on this machine."""
-        if name in self.local:
-            return "sha256 " + digest_of(self.local[name])
-        if name == AESTHETIC:
-            return "sha256 " + AESTHETIC_SHA256
-        found = hf_hub_download(name, FILES.get(name, "config.json"))
-        return "commit " + Path(found).parent.name
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """A pickled file's tensors in float32. Raises ValueError: it holds something else."""
-        path = self.file(name)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds; each means no file of tensors
-            raise ValueError(f"{path} is not a file of tensors: {error}") from None
-        content = content.get("state_dict", content)
-        return {key: tensor.float() for key, tensor in content.items()}
-
-
-def download_head() -> Path:
-    """The aesthetic head from its authors' repository, checked against its known sha256."""
+def locate(source: str) -> Path:
+    """A file of source, in the hub's cache, else downloaded: its weights if they are one file."""
+    if source != AESTHETIC:
+        return Path(hf_hub_download(source, FILES.get(source, "config.json")))
     path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(AESTHETIC_URL, str(path), hash_prefix=AESTHETIC_SHA256)
-    if digest_of(path) != AESTHETIC_SHA256:
-        raise ValueError(f"{path} has another sha256 than {AESTHETIC_SHA256}: delete it")
+        torch.hub.download_url_to_file(AESTHETIC_URL, str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != AESTHETIC_SHA256:
+        raise ValueError(f"{path} has sha256 {digest}, not {AESTHETIC_SHA256}: delete it")
     return path
 
 
-@cache
-def digest_of(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of a directory's files."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(x for x in path.rglob("*") if x.is_file())
-    lines = [f"{x.relative_to(path)} {digest_of(x)}" for x in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def identity(source: str) -> str:
+    """Which weights these are: the hub's commit, or the file's sha256."""
+    path = locate(source)
+    if source == AESTHETIC:
+        return f"{source} sha256 {AESTHETIC_SHA256}"
+    return f"{source} commit {path.parent.name}"
+
+
+def read_tensors(source: str) -> dict[str, Tensor]:
+    """A pickled file's tensors in float32. Raises ValueError: it holds something else."""
+    path = locate(source)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each means no file of tensors
+        raise ValueError(f"{path} is not a file of tensors: {error}") from None
+    content = content.get("state_dict", content)
+    return {key: tensor.float() for key, tensor in content.items()}
 
 
 def load_clip(kind: type, source: str) -> nn.Module:
@@ -142,17 +98,18 @@ def load_clip(kind: type, source: str) -> nn.Module:
 # and returns B numbers.
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) of two (B, D)."""
-    return F.cosine_similarity(a, b, dim=-1)
-
-
-def embed_pair(model: CLIPModel, pixels: Tensor, tokens: dict) -> tuple[Tensor, Tensor]:
-    """Image and text embeddings (B, D) of length 1."""
-    device = model.device
-    moved = {key: x.to(device) for key, x in tokens.items()}
-    output = model(pixel_values=pixels.to(device), **moved)
-    return output.image_embeds, output.text_embeds
+def similarity(
+    model: CLIPModel, pixels: Tensor, tokenizer: CLIPTokenizer, prompts: list[str]
+) -> Tensor:
+    """The cosine (B,) of the embeddings of B images and of their prompts, of at most 77 tokens."""
+    options = {"padding": True, "truncation": True, "max_length": 77}
+    tokens = tokenizer(prompts, return_tensors="pt", **options)
+    output = model(
+        pixel_values=pixels.to(model.device),
+        input_ids=tokens["input_ids"].to(model.device),
+        attention_mask=tokens["attention_mask"].to(model.device),
+    )
+    return F.cosine_similarity(output.image_embeds, output.text_embeds, dim=-1)
 
 
 class PickScore:
@@ -163,15 +120,15 @@ class PickScore:
 
     SOURCES = (PICKSCORE, CLIP_H)
 
-    def __init__(self, weights: Weights, device: torch.device):
-        self.model = load_clip(CLIPModel, weights.repository(PICKSCORE)).eval().to(device)
-        self.pixels = CLIPImageProcessorPil.from_pretrained(weights.repository(CLIP_H))
-        self.tokenizer = CLIPTokenizer.from_pretrained(weights.repository(CLIP_H))
+    def __init__(self, device: torch.device):
+        self.model = load_clip(CLIPModel, PICKSCORE).eval().to(device)
+        self.pixels = CLIPImageProcessorPil.from_pretrained(CLIP_H)
+        self.tokenizer = CLIPTokenizer.from_pretrained(CLIP_H)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         pixels = self.pixels(images, return_tensors="pt")["pixel_values"]
-        tokens = tokenize(self.tokenizer, prompts)
-        return self.model.logit_scale.exp() * cosine(*embed_pair(self.model, pixels, tokens))
+        cosine = similarity(self.model, pixels, self.tokenizer, prompts)
+        return self.model.logit_scale.exp() * cosine
 
 
 class ClipScore:
@@ -182,16 +139,15 @@ class ClipScore:
 
     SOURCES = (CLIP_L,)
 
-    def __init__(self, weights: Weights, device: torch.device):
-        source = weights.repository(CLIP_L)
-        self.model = load_clip(CLIPModel, source).eval().to(device)
+    def __init__(self, device: torch.device):
+        self.model = load_clip(CLIPModel, CLIP_L).eval().to(device)
         self.size = self.model.config.vision_config.image_size
-        self.tokenizer = CLIPTokenizer.from_pretrained(source)
+        self.tokenizer = CLIPTokenizer.from_pretrained(CLIP_L)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         pixels = [crop(resize(image, self.size, min, "bilinear"), self.size) for image in images]
-        tokens = tokenize(self.tokenizer, prompts)
-        return cosine(*embed_pair(self.model, normalize(torch.stack(pixels)), tokens))
+        normal = normalize(torch.stack(pixels))
+        return similarity(self.model, normal, self.tokenizer, prompts)
 
 
 class Aesthetic:
@@ -204,13 +160,14 @@ class Aesthetic:
 
     SOURCES = (CLIP_L, AESTHETIC)
 
-    def __init__(self, weights: Weights, device: torch.device):
-        source = weights.repository(CLIP_L)
-        self.model = load_clip(CLIPVisionModelWithProjection, source).eval().to(device)
-        self.pixels = CLIPImageProcessorPil.from_pretrained(source)
+    def __init__(self, device: torch.device):
+        self.model = load_clip(CLIPVisionModelWithProjection, CLIP_L).eval().to(device)
+        self.pixels = CLIPImageProcessorPil.from_pretrained(CLIP_L)
         self.head = score_head(self.model.config.projection_dim)
-        load_exactly(self.head, weights.tensors(AESTHETIC), "layers.", weights.file(AESTHETIC))
-        self.head.eval().to(device)
+        tensors = read_tensors(AESTHETIC)
+        tensors = {key.removeprefix("layers."): tensor for key, tensor in tensors.items()}
+        load_exactly(self.head, tensors, AESTHETIC)
+        self.head.to(device)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         pixels = self.pixels(images, return_tensors="pt")["pixel_values"]
@@ -229,22 +186,18 @@ class Hpsv2:
 
     SOURCES = (HPS, CLIP_H)
 
-    def __init__(self, weights: Weights, device: torch.device):
-        config = CLIPConfig.from_pretrained(weights.repository(CLIP_H))
-        acts = {config.text_config.hidden_act, config.vision_config.hidden_act}
-        if acts != {"gelu"}:
-            raise ValueError(f"{weights.repository(CLIP_H)}: hidden_act is {acts}, expected gelu")
+    def __init__(self, device: torch.device):
+        config = CLIPConfig.from_pretrained(CLIP_H)
         self.size = config.vision_config.image_size
         self.model = CLIPModel(config)
-        tensors = clip_from_open_clip(weights.tensors(HPS))
-        load_exactly(self.model, tensors, "", weights.file(HPS))
+        load_exactly(self.model, clip_from_open_clip(read_tensors(HPS)), HPS)
         self.model.eval().to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(weights.repository(CLIP_H))
+        self.tokenizer = CLIPTokenizer.from_pretrained(CLIP_H)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         pixels = [pad(resize(image, self.size, max, "bicubic"), self.size) for image in images]
-        tokens = tokenize(self.tokenizer, prompts)
-        return cosine(*embed_pair(self.model, normalize(torch.stack(pixels)), tokens))
+        normal = normalize(torch.stack(pixels))
+        return similarity(self.model, normal, self.tokenizer, prompts)
 
 
 class ImageReward:
@@ -257,19 +210,28 @@ class ImageReward:
     SOURCES = (IMAGE_REWARD, BERT)
     MEAN = 0.16717362830052426
     STD = 1.0333394966054072
+    VISION = BlipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        layer_norm_eps=1e-6,  # timm's
+    )
+    TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)  # else BERT base's
 
-    def __init__(self, weights: Weights, device: torch.device):
-        tensors = weights.tensors(IMAGE_REWARD)
-        vision, text, head = image_reward_parts(tensors)
-        path = weights.file(IMAGE_REWARD)
-        self.vision = load_blip(BlipVisionModel, blip_vision_config(vision), vision, path)
-        self.text = load_blip(BlipTextModel, blip_text_config(text), text, path)
-        self.head = score_head(self.text.config.hidden_size)
-        load_exactly(self.head, head, "", path)
+    def __init__(self, device: torch.device):
+        self.vision = BlipVisionModel(self.VISION)
+        self.text = BlipTextModel(self.TEXT, add_pooling_layer=False)
+        self.head = score_head(self.TEXT.hidden_size)
+        vision, text, head = image_reward_parts(read_tensors(IMAGE_REWARD))
+        load_exactly(self.vision, vision, IMAGE_REWARD)
+        load_exactly(self.text, text, IMAGE_REWARD)
+        load_exactly(self.head, head, IMAGE_REWARD)
         for module in (self.vision, self.text, self.head):
             module.eval().to(device)
         self.pixels = CLIPImageProcessorPil()  # CLIP's means, bicubic to 224, as in the source
-        self.tokenizer = BertTokenizer.from_pretrained(weights.repository(BERT))
+        self.tokenizer = BertTokenizer.from_pretrained(BERT)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         device = self.vision.device
@@ -286,133 +248,7 @@ class ImageReward:
         return (self.head(states[:, 0]).squeeze(-1) - self.MEAN) / self.STD
 
 
-# --- Text in images -----------------------------------------------------------------------------
-
-
-def quoted(prompt: str) -> str:
-    """What is to be read: the prompt's first text in straight double quotes.
-
-    Raises ValueError: there is none."""
-    parts = prompt.split('"')
-    if len(parts) < 3 or not parts[1].replace(" ", ""):
-        raise ValueError(f"OCR needs a text in straight double quotes in each prompt: {prompt!r}")
-    return parts[1]
-
-
-def text_reward(found: str, prompt: str) -> float:
-    """1 - edits / length of the quoted text, spaces and case apart; 1 if it stands in what was
-    found, never below 0. Source: OcrScorer, flow_grpo/ocr.py of yifan123/flow_grpo."""
-    target = quoted(prompt).replace(" ", "").lower()
-    found = found.replace(" ", "").lower()
-    if target in found:
-        return 1.0
-    return 1 - min(Levenshtein.distance(found, target), len(target)) / len(target)
-
-
-# Standard input: an image file in base64 on each line; standard output: "ready", then the text in
-# each, as JSON. Called as flow_grpo/ocr.py of yifan123/flow_grpo calls it.
-PADDLE_READER = """
-import base64, io, json, os, sys
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what paddle prints must not mix with the answers
-import numpy as np
-from paddleocr import PaddleOCR
-from PIL import Image
-
-engine = PaddleOCR(use_angle_cls=False, lang="en", use_gpu=False, show_log=False)
-print(json.dumps("ready"), file=answers, flush=True)
-for line in sys.stdin:
-    image = Image.open(io.BytesIO(base64.b64decode(line))).convert("RGB")
-    lines = engine.ocr(np.array(image), cls=False)[0] or []
-    text = "".join(words for _, (words, confidence) in lines if confidence > 0)
-    print(json.dumps(text), file=answers, flush=True)
-"""
-
-
-class Ocr:
-    """The paper's OCR, 0 to 1: PaddleOCR 2.9.1's English models on the CPU, as OcrScorer of
-    flow_grpo/ocr.py (yifan123/flow_grpo) calls them. They run in an environment of their own,
-    whose packages do not agree with ours: PADDLE_READER there reads what we send.
-    """
-
-    def __init__(self, python: Path):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([str(python), "-c", PADDLE_READER], **pipes)
-        self.answer()  # it has loaded its models
-
-    @staticmethod
-    def versions(python: Path) -> str:
-        """The identity of its weights. Raises RuntimeError: paddleocr is not installed there."""
-        code = (
-            "from importlib.metadata import version as v; "
-            "print('paddleocr', v('paddleocr'), 'paddlepaddle', v('paddlepaddle'))"
-        )
-        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(
-                f"--metrics ocr: {python} has no paddleocr and paddlepaddle; give --ocr_python "
-                "the Python of an environment that has, as experiments/evaluate/evaluation.md says"
-            )
-        return done.stdout.strip()
-
-    def answer(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"PaddleOCR ended with {self.process.wait()}, see above")
-        return json.loads(line)
-
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
-        rewards = []
-        for image, prompt in zip(images, prompts):
-            png = io.BytesIO()
-            image.save(png, format="PNG", compress_level=1)
-            self.process.stdin.write(base64.b64encode(png.getvalue()).decode() + "\n")
-            self.process.stdin.flush()
-            rewards.append(text_reward(self.answer(), prompt))
-        return rewards
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-class OcrRapid:
-    """OCR, 0 to 1, with the formula of Ocr and other models: rapidocr's, which are in its package,
-    so that it runs anywhere. Not comparable with the paper's number. An image takes about 0.3
-    seconds of a core, 1 second if it is full of text; each core reads one.
-    """
-
-    def __init__(self):
-        from rapidocr import RapidOCR  # here: it and onnxruntime serve this metric alone
-
-        params = {"Global.log_level": "critical", "Global.use_cls": False}
-        # More threads to an image take more time in all
-        self.engine = RapidOCR(params=params | {"EngineConfig.onnxruntime.intra_op_num_threads": 1})
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-
-    @staticmethod
-    def versions() -> str:
-        """The identity of its weights, which are in the package."""
-        try:
-            return f"rapidocr {version('rapidocr')}"
-        except PackageNotFoundError:
-            message = "--metrics ocr_rapid: pip install -r experiments/requirements.txt"
-            raise RuntimeError(message) from None
-
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
-        arrays = [np.array(image)[:, :, ::-1] for image in images]  # BGR
-        found = ["".join(made.txts or ()) for made in self.pool.map(self.engine, arrays)]
-        return [text_reward(text, prompt) for text, prompt in zip(found, prompts)]
-
-
 # --- Their parts --------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, L), L at most 77."""
-    options = {"padding": True, "truncation": True, "max_length": 77}
-    tokens = tokenizer(prompts, return_tensors="pt", **options)
-    return {key: tokens[key] for key in ("input_ids", "attention_mask")}
 
 
 def resize(image: Image.Image, size: int, side: Callable, mode: str) -> Tensor:
@@ -423,8 +259,6 @@ def resize(image: Image.Image, size: int, side: Callable, mode: str) -> Tensor:
         shape = [max(size, int(n * scale)) for n in pixels.shape[-2:]]
     else:
         shape = [round(n * scale) for n in pixels.shape[-2:]]
-    if shape == list(pixels.shape[-2:]):
-        return pixels[0]
     return F.interpolate(pixels, shape, mode=mode, antialias=True)[0]
 
 
@@ -448,26 +282,17 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """Embedding to score: linear layers 0, 2, 4, 6, 7 without activations; 1, 3, 5 are dropout."""
-    return nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.Dropout(0.2),
-        nn.Linear(1024, 128),
-        nn.Dropout(0.2),
-        nn.Linear(128, 64),
-        nn.Dropout(0.1),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
+    """Embedding to score: linear layers without activations. The numbers between are dropout's."""
+    sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    return nn.Sequential(OrderedDict((str(i), nn.Linear(*pair)) for i, pair in sizes.items()))
 
 
-def load_exactly(module: nn.Module, tensors: dict, prefix: str, path: Path) -> None:
-    """Load tensors named prefix + module's names. Raises ValueError: some do not fit."""
+def load_exactly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raises ValueError: the tensors are not those of module."""
     try:
-        stripped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        module.load_state_dict(stripped, strict=True)
+        module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds other weights than expected: {error}") from None
+        raise ValueError(f"{locate(source)} holds other weights than expected: {error}") from None
 
 
 OPEN_CLIP = {  # open_clip's names, which the file has: transformers' names
@@ -543,46 +368,3 @@ def image_reward_parts(tensors: dict[str, Tensor]) -> tuple[dict, dict, dict]:
         elif key.startswith("mlp.layers."):
             head[key.removeprefix("mlp.layers.")] = tensor
     return vision, text, head
-
-
-def count_layers(tensors: dict[str, Tensor], part: str) -> int:
-    return len({key.split(".")[2] for key in tensors if key.startswith(part)})
-
-
-def blip_vision_config(tensors: dict[str, Tensor]) -> BlipVisionConfig:
-    """BLIP's image encoder: heads of 64, patches of 16, epsilon 1e-6 (timm's), 224 pixels."""
-    width = len(tensors["post_layernorm.weight"])
-    return BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=count_layers(tensors, "encoder.layers."),
-        num_attention_heads=width // 64,
-        image_size=224,
-        patch_size=16,
-        layer_norm_eps=1e-6,
-    )
-
-
-def blip_text_config(tensors: dict[str, Tensor]) -> BlipTextConfig:
-    """BLIP's text encoder, a BERT that also attends to the image: heads of 64."""
-    vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
-    key = "encoder.layer.0.crossattention.self.key.weight"
-    return BlipTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        encoder_hidden_size=tensors[key].shape[1],
-        intermediate_size=len(tensors["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=count_layers(tensors, "encoder.layer."),
-        num_attention_heads=width // 64,
-        max_position_embeddings=len(tensors["embeddings.position_embeddings.weight"]),
-        hidden_act="gelu",
-        layer_norm_eps=1e-12,
-    )
-
-
-def load_blip(kind: type, config, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """A BLIP encoder of transformers with these tensors."""
-    extra = {"add_pooling_layer": False} if kind is BlipTextModel else {}
-    model = kind(config, **extra)
-    load_exactly(model, tensors, "", path)
-    return model

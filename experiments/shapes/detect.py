@@ -81,6 +81,25 @@ def detect(image: Image.Image) -> list[dict]:
     return sorted(found, key=lambda f: -f["match"])
 
 
+def layout(image: Image.Image) -> tuple:
+    """Every object as (shape, colour, cell of a 3 x 3 grid), sorted."""
+    found = []
+    for thing in detect(image):
+        x0, y0, x1, y1 = thing["box"]
+        cell = [min(int((a + b) / 2 * 3 / SIZE), 2) for a, b in ((x0, x1), (y0, y1))]
+        found.append((thing["shape"], thing["color"], *cell))
+    return tuple(sorted(found))
+
+
+def count_layouts(folder: str | Path) -> float:
+    """Distinct layouts among a prompt's images in a folder of sample.py, the mean over prompts."""
+    counts = []
+    for samples in sorted(Path(folder).glob("[0-9]*/samples")):
+        layouts = {layout(Image.open(path)) for path in samples.glob("*.png")}
+        counts.append(len(layouts))
+    return float(np.mean(counts))
+
+
 def relations(box: list, reference: list) -> set[str]:
     """Where `box` lies from `reference`, both [x0, y0, x1, y1], by GenEval's rule: up to two relations."""
     a, b = np.array(box, float).reshape(2, 2), np.array(reference, float).reshape(2, 2)

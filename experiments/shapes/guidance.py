@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.evaluate import diversity
 from experiments.shapes.detect import score_image
-from experiments.shapes.draw import PAIRS, read_pairs
+from experiments.shapes.draw import DATA, PAIRS, read_pairs
 from experiments.shapes.sft_vs_soar import (
     ARMS,
     World,
@@ -83,7 +83,7 @@ def saturation(image: Image.Image) -> float:
 
 def spread(images: list[list[Image.Image]]) -> list[float]:
     """For each prompt's images, the root mean variance of their VAE latents' posterior means."""
-    extract = diversity.Extractor(diversity.Args(()))
+    extract = diversity.Extractor(str(DATA / "model/vae"))
     return [float(np.sqrt(extract(group).var(axis=0, ddof=1).mean())) for group in images]
 
 

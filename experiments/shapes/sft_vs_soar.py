@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.evaluate import diversity
-from experiments.shapes.detect import score_image
+from experiments.shapes.detect import count_layouts, score_image
 from experiments.shapes.draw import (
     CURATED,
     DATA,
@@ -498,8 +498,10 @@ def collect(folder: Path, setting: Setting) -> dict:
     result["drift"] = {name: runs[name][0]["drift"] for name in PROBED if 0 in runs.get(name, {})}
     folders = {name: folder / "diversity" / name for name in result["drift"]}
     if len(folders) > 1:
-        made = diversity.measure(diversity.Args(tuple(folders.values()), layouts=True))
-        result["diversity"] = {name: made[path]._asdict() for name, path in folders.items()}
+        made = diversity.measure(tuple(folders.values()), str(DATA / "model/vae"))
+        result["diversity"] = {
+            name: made[path]._asdict() | {"layouts": count_layouts(path)} for name, path in folders.items()
+        }
     return result
 
 

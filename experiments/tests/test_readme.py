@@ -38,7 +38,7 @@ class Brightness:
 
     SOURCES = ()
 
-    def __init__(self, weights, device):
+    def __init__(self, device):
         pass
 
     def __call__(self, images, prompts):

@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import train
-from experiments.evaluate.open_elsewhere import as_downloaded, with_transformer
-from experiments.shapes.draw import DATA
+from experiments.evaluate.open_elsewhere import DATA, as_downloaded, with_transformer
 
 MODEL = DATA / "model"
 FILE = "pytorch_lora_weights.safetensors"
@@ -48,12 +47,11 @@ def final(tmp_path_factory) -> Path:
         if "lora_B" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng(len(name)))
     path = tmp_path_factory.mktemp("run") / "checkpoint-000001"
-    state = {"settings": {"lora_rank": 4}}
     optimizer = torch.optim.AdamW(train.trained(model).values())
     for parameter in train.trained(model).values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    train.save_checkpoint(path, model, optimizer, state)
+    train.save_checkpoint(path, model, optimizer, {"settings": {"lora_rank": 4}})
     return path
 
 
@@ -84,12 +82,6 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-4)
 
 
-def test_lora_file_loads_in_diffusers_pipeline(final, expected):
-    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
-    pipe.load_lora_weights(final, weight_name=FILE)
-    assert same(velocity(pipe.transformer), expected)
-
-
 def test_lora_file_loads_in_peft(final, expected, tmp_path):
     """As an adapter folder, which is what Flow-GRPO's config.train.lora_path takes."""
     tensors = load_file(final / FILE)
@@ -102,59 +94,17 @@ def test_lora_file_loads_in_peft(final, expected, tmp_path):
     assert same(velocity(model), expected)
 
 
-# The matrices of a block in SD3's original layout, which ComfyUI uses, and the diffusers modules
-# that each stacks. Source: mmdit_to_diffusers in comfy/utils.py of Comfy-Org/ComfyUI (09708ea).
-ORIGINAL = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block.attn.proj": ("attn.to_out.0",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block.attn2.proj": ("attn2.to_out.0",),
-}
-
-
-def original_layout(model: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
-    """The matrices that a LoRA changes, by their names in the original layout."""
-    made = {}
-    for i, block in enumerate(model.transformer_blocks):
-        own = dict(block.named_modules())
-        for place, names in ORIGINAL.items():
-            if own.get(names[0]) is not None:
-                weights = [own[name].weight.data for name in names]
-                made[f"joint_blocks.{i}.{place}"] = torch.cat(weights)
-    return made
-
-
-def load_as_comfyui(tensors: dict, weights: dict[str, torch.Tensor]) -> set[str]:
-    """Add a LoRA file's matrices to weights in the original layout; returns the keys used.
-
-    "transformer." + diffusers' name + .lora_A.weight and .lora_B.weight, and no alpha: scale 1.
-    Source: model_lora_keys_unet in comfy/lora.py (17358c8), LoRAAdapter in
-    comfy/weight_adapter/lora.py (0323d87)."""
-    used = set()
-    for key, weight in weights.items():
-        _, block, place = key.split(".", 2)
-        names = ORIGINAL[place]
-        for name, rows in zip(names, weight.chunk(len(names))):
-            start = f"transformer.transformer_blocks.{block}.{name}.lora_"
-            rows += tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]
-            used |= {f"{start}A.weight", f"{start}B.weight"}
-    return used
-
-
 def test_lora_file_has_comfyui_s_names_as_it_is(final):
-    """Each tensor finds its place, and the weights are those that diffusers fuses."""
-    tensors = load_file(final / FILE)
-    weights = original_layout(load_base())
-    assert load_as_comfyui(tensors, weights) == set(tensors)
-    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
-    pipe.load_lora_weights(final, weight_name=FILE)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    fused = original_layout(pipe.transformer)
-    assert weights.keys() == fused.keys() and len(weights) == 21
-    assert all(torch.allclose(weights[name], fused[name], atol=1e-5) for name in fused)
+    """ "transformer." + diffusers' name + .lora_A.weight and .lora_B.weight, and no alpha: scale 1.
+    Source: model_lora_keys_unet in comfy/lora.py (17358c8), mmdit_to_diffusers in comfy/utils.py
+    (09708ea), LoRAAdapter in comfy/weight_adapter/lora.py (0323d87) of Comfy-Org/ComfyUI."""
+    modules = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_add_out"]
+    modules += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+    modules += ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
+    own = dict(load_base().named_modules())
+    places = [f"transformer_blocks.{i}.{name}" for i in range(len(own)) for name in modules]
+    names = [f"transformer.{x}.lora_{part}.weight" for x in places if x in own for part in "AB"]
+    assert load_file(final / FILE).keys() == set(names)
 
 
 def test_fused_and_unloaded_a_lora_is_saved_whole(final, expected, tmp_path):
@@ -162,6 +112,7 @@ def test_fused_and_unloaded_a_lora_is_saved_whole(final, expected, tmp_path):
     at random."""
     pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
     pipe.load_lora_weights(final, weight_name=FILE)
+    assert same(velocity(pipe.transformer), expected)
     pipe.transformer.save_pretrained(tmp_path / "unfused")
     kind, options = SD3Transformer2DModel, {"output_loading_info": True}
     _, info = kind.from_pretrained(tmp_path / "unfused", **options)
