@@ -51,7 +51,8 @@ def test_the_error_of_a_velocity_that_is_off_by_a_constant_is_its_square(world):
 
 def test_a_trajectory_ends_where_the_guided_velocity_leads(world):
     """A velocity that leads to z0 + shift, without a prompt to z0: guided to z0 + w shift."""
-    pairs, shift, seen = levels.held_out(world, 3), 0.1, set()
+    pairs, shift = levels.held_out(world, 3), 0.1
+    seen = set()
     empty = world.cond([""])["pooled_projections"]
 
     def velocity(z, sigma, cond):
@@ -61,8 +62,7 @@ def test_a_trajectory_ends_where_the_guided_velocity_leads(world):
         return (z - target) / sigma.view(-1, 1, 1, 1)
 
     found = levels.trajectories(world, velocity, pairs)
-    assert 0.7 < max(seen) < 0.8  # the first step is that from the last of STARTS
-    assert len(found) == 8
+    assert max(seen) == pytest.approx(0.7414, abs=1e-3)  # the sampler's level nearest to 0.75
     for label, errors in found.items():
         beyond = float(label.split()[0]) * shift
         assert errors["drawn"] == pytest.approx([beyond**2] * 3, rel=1e-3)
