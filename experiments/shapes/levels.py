@@ -1,34 +1,25 @@
 """Level by level: what SOAR changes in the velocity, on pairs that no training has seen.
 
-    python -m experiments.shapes.levels             # all of STAGES, then table and figures
-    python -m experiments.shapes.levels --collect   # table and figures of what is finished
-    python -m experiments.shapes.levels --sizes 2000 --arms sft soar_n1_l6
+    python -m experiments.shapes.levels             # all of STAGES, then tables and figures
+    python -m experiments.shapes.levels --collect   # tables and figures of what is finished
 
-Arms are those of experiments.shapes.sft_vs_soar, of 100 steps of 16 pairs where not
-said otherwise. Each is measured without images, at the same pairs and noise for all arms and seeds:
+Arms are those of sft_vs_soar.py, of 100 steps of 16 pairs where not said otherwise. Each is
+measured at the same pairs and noise for all arms and seeds:
     levels      squared error of the velocity at LEVELS, to latents drawn from the VAE's posterior,
-                as in training, and to its means; at each quarter of the steps on some of the pairs
-    own         the same on pairs of the training set, to its means
+                as in training, and to its means
     trajectory  from the ideal state of a drawn latent at one of STARTS by the sampler's own last
                 steps: squared error of where it ends, to the drawn latent and to the mean
-    by_heart    small sets only: the share of sampled latents that are nearer to a training latent
-                than that one's nearest neighbour among all 2,000 is
     score       GenEval's, of 600 prompts, one image each; only of SCORED, after all other runs
 REFIT starts from a base of its own: the committed one, trained 400 steps more as its last phase was
-(experiments/shapes/build.py), on the posteriors' means in place of drawn latents.
+(build.py), on the posteriors' means in place of drawn latents.
 
 A run (arm, seed, size of the set, its noise) is a file of its own, renamed when whole: the same
-command goes on where it was killed. What they say together levels_table.py writes
-beside them: levels.json, levels.md and a figure for each size and noise.
+command goes on where it was killed. levels_table.py says what they say together.
 """
 
 import copy
 import dataclasses
 import json
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -36,45 +27,33 @@ from typing import NamedTuple
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.shapes import sft_vs_soar
 from experiments.shapes.build import LATE_WRONG_CAPTIONS, mislabel, posterior, pretrain, to_pixels
-from experiments.shapes.detect import score_image
 from experiments.shapes.draw import BROAD, HELD_OUT, MAX_SEQUENCE_LENGTH, example, render
-from experiments.shapes.sft_vs_soar import (
-    CPU,
-    QUICK,
-    SAMPLING_STEPS,
-    SFT,
-    Arm,
-    World,
-    commit,
-    finished,
-    load_base,
-    load_world,
-    save_tensors,
-    train,
-)
-from sample import encode_images, encode_prompts, save_whole, seeded
+from experiments.shapes.sft_vs_soar import CPU, SFT, Arm, World, keep, load_base, share_out
+from sample import encode_images, encode_prompts, seeded
 from soar import SoarConfig, guided_velocity, interpolate, rollout_step
 from train import make_velocity
 
 LEVELS = (0.1, 0.15, 0.25, 0.35, 0.55, 0.75, 0.9)
 STARTS = (0.2, 0.35, 0.55, 0.75)  # the nearest levels of the sampler's steps are taken
 GUIDANCES = (1.0, 4.5)
-PAIRS, QUARTER_PAIRS, WALKED_PAIRS, SAMPLED = 150, 24, 16, 24
+PAIRS, SLOPE_PAIRS, WALKED_PAIRS = 150, 24, 16
 WHOLE = 2000
 REFIT = "refit"  # in place of a noise: means, from the base that was trained on means
 REFIT_SCENES, REFIT_STEPS = 8000, 400
 SCORED, SCORED_PROMPTS = ("2000-refit", "2000-0"), 600  # groups, in this order
 FIRST = "2000-vae"  # a group: pairs of the training set and their latents' noise
-SETTING = dataclasses.replace(QUICK, curve=(0.25, 0.5, 0.75))
+SETTING = sft_vs_soar.QUICK
+# What a setting also held when runs were first made, and what their files say of it.
+ONCE = {"curve_arms": ["sft", "soar"], "curve_seeds": 1, "curve_prompts": 240, "base": True}
+ONCE |= {"curve": [0.25, 0.5, 0.75], "diverse_prompts": 6, "unguided": 60, "drift_pairs": 24}
 LAWS = ("drawn", "mean")
 
 
 def one_point(**settings) -> SoarConfig:
-    return SoarConfig(**{"num_aux_points": 1, "lambda_aux": 6.0} | settings)
+    return dataclasses.replace(sft_vs_soar.ONE_POINT, **settings)
 
 
 N1 = "SOAR, N = 1, lambda = 6"
@@ -96,7 +75,7 @@ DEAR = ("soar", "sft_steps", "soar_n1_l6_steps", "soar_k1e6")
 OTHERS = ("n1_w1", "n1_k20", "n1_k100", "n1_l1", "n1_l3", "n1_l12", "n1_u1.5")
 SEEDS = (0, 1, 2)
 STAGES = (  # pairs, std of the latents' noise (None: the VAE's own) or REFIT, arms, seeds
-    (WHOLE, None, ("base", *CHEAP), SEEDS),
+    (WHOLE, None, CHEAP, SEEDS),
     (WHOLE, None, DEAR, (0,)),
     (WHOLE, 0.0, CHEAP, SEEDS),
     (64, None, CHEAP, SEEDS),
@@ -124,38 +103,10 @@ class Job(NamedTuple):
         return f"{self.arm}-{self.group}-{self.seed}"
 
 
-@dataclass(frozen=True)
-class Args:
-    output_dir: Path = Path("output/levels")
-    arms: tuple[str, ...] = ()
-    """By default all; base is run with any."""
-    sizes: tuple[int, ...] = ()
-    """Of the training set: some of 2000, 256, 64; by default all."""
-    collect: bool = False
-    """Run nothing; collect what is finished."""
-    num_processes: int = 2
-    """Runs at a time, each with one thread."""
-
-    def __post_init__(self):
-        for name in self.arms:
-            if name not in ARMS:
-                raise ValueError(f"--arms {name} is unknown, expected some of: {', '.join(ARMS)}")
-        for size in self.sizes:
-            if size not in {stage[0] for stage in STAGES}:
-                raise ValueError(f"--sizes {size} is in no stage, expected some of 2000, 256, 64")
-        if self.num_processes < 1:
-            raise ValueError(f"--num_processes is {self.num_processes}, expected at least 1")
-
-
-def plan(args: Args) -> list[Job]:
+def plan() -> list[Job]:
     """All runs, in the order of STAGES."""
-    jobs = [Job("base", 0, WHOLE, None)]
-    if any(noise == REFIT for _, noise, *_ in STAGES):
-        jobs.append(Job("base", 0, WHOLE, REFIT))
+    jobs = [Job("base", 0, WHOLE, noise) for noise in (None, REFIT)]
     for size, noise, arms, seeds in STAGES:
-        if args.sizes and size not in args.sizes:
-            continue
-        arms = [arm for arm in arms if arm != "base" and arm in (args.arms or ARMS)]
         jobs += [Job(arm, seed, size, noise) for seed in seeds for arm in arms]
     return list(dict.fromkeys(jobs))
 
@@ -187,19 +138,6 @@ def held_out(world: World, count: int) -> Pairs:
     return Pairs(z0, z1, encode_prompts(world.pipe, prompts, MAX_SEQUENCE_LENGTH))
 
 
-def own_pairs(world: World, count: int) -> Pairs:
-    """Of the training set, evenly; means alone."""
-    rows = [i * len(world.mean) // count for i in range(count)]
-    z1 = torch.randn((count, *world.mean.shape[1:]), generator=seeded("levels", "own"))
-    cond = {key: x[world.caption[rows]] for key, x in world.embeds.items()}
-    return Pairs({"mean": scaled(world, world.mean[rows])}, z1, cond)
-
-
-def scaled(world: World, latents: Tensor) -> Tensor:
-    config = world.pipe.vae.config
-    return (latents - config.shift_factor) * config.scaling_factor
-
-
 def square(x: Tensor) -> list[float]:
     """Mean square over all but the pairs."""
     return [round(value, 6) for value in x.square().flatten(1).mean(1).tolist()]
@@ -222,9 +160,9 @@ def by_level(velocity, pairs: Pairs) -> dict[str, list[list[float]]]:
 def walk(world: World, velocity, z: Tensor, cond: dict, start: int, guidance: float) -> Tensor:
     """Where the sampler's steps from the start-th on lead."""
     uncond = world.cond([""] * len(z))
-    world.pipe.scheduler.set_timesteps(SAMPLING_STEPS)
+    world.pipe.scheduler.set_timesteps(sft_vs_soar.SAMPLING_STEPS)
     sigmas = world.pipe.scheduler.sigmas[:, None].expand(-1, len(z))
-    for i in range(start, SAMPLING_STEPS):
+    for i in range(start, sft_vs_soar.SAMPLING_STEPS):
         v = velocity(z, sigmas[i], cond)
         if guidance != 1:
             v = guided_velocity(velocity(z, sigmas[i], uncond), v, guidance)
@@ -234,7 +172,7 @@ def walk(world: World, velocity, z: Tensor, cond: dict, start: int, guidance: fl
 
 def trajectories(world: World, velocity, pairs: Pairs) -> dict[str, dict]:
     """{"GUIDANCE from START": {law: errors by pair}}, from states of drawn latents."""
-    world.pipe.scheduler.set_timesteps(SAMPLING_STEPS)
+    world.pipe.scheduler.set_timesteps(sft_vs_soar.SAMPLING_STEPS)
     sigmas, made = world.pipe.scheduler.sigmas, {}
     for level in STARTS:
         start = int((sigmas - level).abs().argmin())
@@ -246,20 +184,12 @@ def trajectories(world: World, velocity, pairs: Pairs) -> dict[str, dict]:
     return made
 
 
-def by_heart(samples: Tensor, training: Tensor, everything: Tensor) -> float:
-    """The share of samples nearer to a training latent than its nearest neighbour; all (n, ...)."""
-    distances, nearest = torch.cdist(samples.flatten(1), training.flatten(1)).min(1)
-    apart = torch.cdist(training.flatten(1)[nearest], everything.flatten(1))
-    neighbour = apart.topk(2, largest=False).values[:, 1]  # the first is the latent itself
-    return float((distances < neighbour).float().mean())
-
-
 # --- Runs ---
 
 
 @cache
 def shared(folder: Path) -> tuple[World, Pairs]:
-    world = load_world(folder / "world.safetensors")
+    world = sft_vs_soar.load_world(folder / "world.safetensors")
     return world, held_out(world, PAIRS)
 
 
@@ -288,10 +218,9 @@ def refit(world: World, path: Path) -> None:
     captions = mislabel(captions, LATE_WRONG_CAPTIONS, 0)
     mean, _ = posterior(world.pipe.vae, pixels)
     pipe = copy.copy(world.pipe)
-    pipe.transformer = load_base(world).requires_grad_(True)
-    checkpoint = path.with_suffix(".part.safetensors")
-    pretrain(pipe, mean, None, captions, REFIT_STEPS, 2, checkpoint, lr=5e-4)
-    save_tensors(pipe.transformer.state_dict(), path)
+    pipe.transformer = load_base()
+    pretrain(pipe, mean, None, captions, REFIT_STEPS, 2, lr=5e-4)
+    sft_vs_soar.save_tensors(pipe.transformer.state_dict(), path)
 
 
 def base_of(folder: Path, job: Job) -> Path | None:
@@ -299,80 +228,68 @@ def base_of(folder: Path, job: Job) -> Path | None:
     return folder / "refit.safetensors" if job.noise == REFIT else None
 
 
-def score(folder: Path, job: Job) -> float:
-    """Draw and judge the images of a finished run, write JOB-score.json; returns the seconds."""
-    torch.set_num_threads(1)
-    began, path = time.perf_counter(), folder / f"{job.name}-score.json"
-    settings = settings_of(job) | {"prompts": SCORED_PROMPTS}
-    if finished(path, settings):
-        return 0.0
-    world, _ = shared(folder)
-    weights = base_of(folder, job) if job.arm == "base" else folder / f"{job.name}.safetensors"
-    numbers = sft_vs_soar.chosen(world, SCORED_PROMPTS)
-    images = sft_vs_soar.sample(world, load_base(world, weights), numbers, 1, job.seed)
-    correct = [score_image(x, world.prompts[i])[0] for i, (x,) in zip(numbers, images)]
-    result = {"settings": settings, "commit": commit(), "correct": correct}
-    save_whole(json.dumps(result) + "\n", path)
-    return time.perf_counter() - began
-
-
 def settings_of(job: Job) -> dict:
     arm = ARMS.get(job.arm)
-    own = {key: str(x) for key, x in vars(arm.config).items()} | {"steps": arm.steps} if arm else {}
-    counts = [PAIRS, QUARTER_PAIRS, WALKED_PAIRS, SAMPLED]
-    shared = {"setting": dataclasses.asdict(SETTING), "levels": LEVELS, "counts": counts}
+    own = {}
+    if arm:
+        own = {key: str(x) for key, x in vars(arm.config).items()} | {"steps": arm.steps}
+    counts = [PAIRS, SLOPE_PAIRS, WALKED_PAIRS, 24]
+    shared = {"setting": dataclasses.asdict(SETTING) | ONCE, "levels": LEVELS, "counts": counts}
     return json.loads(json.dumps({"job": job._asdict(), "arm": own, **shared}))
+
+
+def score_settings_of(job: Job) -> dict:
+    return settings_of(job) | {"prompts": SCORED_PROMPTS}
 
 
 def run(folder: Path, job: Job) -> float:
     """Train, measure, write JOB.json and the weights; returns the seconds it took."""
-    torch.set_num_threads(1)
-    began, path = time.perf_counter(), folder / f"{job.name}.json"
-    if finished(path, settings_of(job)):
-        return 0.0
+    return keep(folder / f"{job.name}.json", settings_of(job), lambda: measure(folder, job))
+
+
+def measure(folder: Path, job: Job) -> dict:
     whole, pairs = shared(folder)
-    world, arm = part(whole, job.size, job.noise), ARMS.get(job.arm)
     base = base_of(folder, job)
-    transformer = load_base(whole, base)
-    kept = train(world, arm, SETTING, job.seed, base) if arm else {0: transformer.state_dict()}
-    *quarters, last = sorted(kept)
+    transformer = load_base(base)
+    if arm := ARMS.get(job.arm):
+        world = part(whole, job.size, job.noise)
+        transformer = sft_vs_soar.train(world, arm, SETTING, job.seed, base)
+        sft_vs_soar.save_tensors(transformer.state_dict(), folder / f"{job.name}.safetensors")
     velocity = make_velocity(transformer, CPU, False)
-    result = {"settings": settings_of(job), "commit": commit(), "quarters": {}}
-    for step in quarters:
-        transformer.load_state_dict(kept[step])
-        result["quarters"][step] = by_level(velocity, pairs.first(QUARTER_PAIRS))
-    transformer.load_state_dict(kept[last])
-    result["levels"] = by_level(velocity, pairs)
-    result["own"] = by_level(velocity, own_pairs(world, QUARTER_PAIRS))
-    result["trajectory"] = trajectories(whole, velocity, pairs.first(WALKED_PAIRS))
-    if job.size < WHOLE:
-        own = own_pairs(world, SAMPLED)
-        samples = walk(whole, velocity, own.z1, own.cond, 0, GUIDANCES[-1])
-        result["by_heart"] = by_heart(samples, scaled(whole, world.mean), scaled(whole, whole.mean))
-    if arm:
-        save_tensors(kept[last], path.with_suffix(".safetensors"))
-    result["seconds"] = time.perf_counter() - began
-    save_whole(json.dumps(result) + "\n", path)
-    return result["seconds"]
+    return {
+        "levels": by_level(velocity, pairs),
+        "trajectory": trajectories(whole, velocity, pairs.first(WALKED_PAIRS)),
+    }
 
 
-def main(args: Args) -> None:
+def score(folder: Path, job: Job) -> float:
+    """Draw and judge the images of a finished run, write JOB-score.json; returns the seconds."""
+    weights = base_of(folder, job) if job.arm == "base" else folder / f"{job.name}.safetensors"
+
+    def judge() -> dict:
+        model = load_base(weights)
+        found = sft_vs_soar.correct(shared(folder)[0], model, SCORED_PROMPTS, 1, job.seed)
+        return {"correct": [bool(x) for (x,) in found]}
+
+    return keep(folder / f"{job.name}-score.json", score_settings_of(job), judge)
+
+
+def main(
+    output_dir: Path = Path("output/levels"), collect: bool = False, num_processes: int = 2
+) -> None:
+    """num_processes: runs at a time, each with one thread."""
     from experiments.shapes import levels_table  # matplotlib is needed there only
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    world, _ = shared(args.output_dir)  # encoded before the processes start
-    jobs = [] if args.collect else plan(args)
-    if any(job.noise == REFIT for job in jobs):
-        refit(world, args.output_dir / "refit.safetensors")
-    pool = ProcessPoolExecutor(args.num_processes, multiprocessing.get_context("spawn"))
-    scored = [job for group in SCORED for job in jobs if job.group == group]
-    with pool:
-        for work, some in ((run, jobs), (score, scored)):
-            futures = {pool.submit(work, args.output_dir, job): job.name for job in some}
-            for future in tqdm(as_completed(futures), work.__name__, len(some), unit="run"):
-                tqdm.write(f"{futures[future]}: {future.result():.0f} s")
-    levels_table.save(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shared(output_dir)  # encoded before the processes start
+    if not collect:
+        refit(shared(output_dir)[0], output_dir / "refit.safetensors")
+        jobs = plan()
+        share_out(run, output_dir, {job.name: (job,) for job in jobs}, num_processes)
+        scored = [job for group in SCORED for job in jobs if job.group == group]
+        share_out(score, output_dir, {job.name: (job,) for job in scored}, num_processes)
+    levels_table.save(output_dir)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    tyro.cli(main, description=__doc__, use_underscores=True)
