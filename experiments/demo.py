@@ -81,25 +81,17 @@ def main(args: Args) -> None:
         run(
             "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux,
             num_aux_points=1, resolution=64, train_batch_size=16,
-            max_train_steps=args.max_train_steps,
-            learning_rate=args.learning_rate, seed=args.seed, logging_steps=1, **MODEL,
+            max_train_steps=args.max_train_steps, learning_rate=args.learning_rate, seed=args.seed,
+            logging_steps=1, **MODEL,
         )  # fmt: skip
         seconds[name] = seconds_of_steps(output / name)
 
     transformers = ("base", str(output / "sft"), str(output / "soar"))
-    flags = {
-        "prompts": output / "prompts.jsonl",
-        "output_dir": output / "images",
-        "transformer": transformers,
-    }
-    flags |= {
-        "height": 64,
-        "width": 64,
-        "num_images_per_prompt": 1,
-        "batch_size": 20,
-        "seed": args.seed,
-    }
-    flags |= {"num_inference_steps": args.num_inference_steps} | MODEL
+    flags = MODEL | {
+        "prompts": output / "prompts.jsonl", "output_dir": output / "images",
+        "transformer": transformers, "height": 64, "width": 64, "num_images_per_prompt": 1,
+        "batch_size": 20, "seed": args.seed, "num_inference_steps": args.num_inference_steps,
+    }  # fmt: skip
     run("sample.py", **flags)
     jobs = sample.plan(sample.Args(**flags), [])
 

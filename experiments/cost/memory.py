@@ -217,7 +217,7 @@ def forward_flops() -> int:
 
 
 def hours(forward: float) -> dict[str, float]:
-    """Of runs on 8 H100 at 40 % of their bf16 peak, 989 TFLOP a second; forward: forward_flops()."""
+    """Of runs on 8 H100 at 40 % of their bf16 peak, 989 TFLOP a second; forward: its FLOP."""
     speed = 0.4 * 8 * 989e12
     runs = {
         "SOAR, 5,000 steps of 32": (22, 32 * 5000),

@@ -102,7 +102,8 @@ def test_features_are_centred_on_the_mean_of_all_folders(tmp_path, monkeypatch):
     for name, pair in colors.items():
         images = [[Image.new("RGB", (1, 1), color) for color in pair]]
         folders.append(make_folder(tmp_path / name, images))
-    extract = lambda images: np.array([image.getpixel((0, 0))[:2] for image in images])
+    def extract(images):
+        return np.array([image.getpixel((0, 0))[:2] for image in images])
     monkeypatch.setattr(diversity, "Extractor", lambda features: extract)
     # Less their mean, (10, 5), a folder's images have the cosine 0.6: eigenvalues 0.8 and 0.2
     expected = math.exp(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))

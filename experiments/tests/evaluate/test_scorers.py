@@ -163,7 +163,8 @@ def instead(monkeypatch, tmp_path, hub):
     def put(source: str, content: object) -> Path:
         torch.save(content, tmp_path / "other.pt")
         own = scorers.locate
-        found = lambda x: tmp_path / "other.pt" if x == source else own(x)
+        def found(x):
+            return tmp_path / "other.pt" if x == source else own(x)
         monkeypatch.setattr(scorers, "locate", found)
         return tmp_path / "other.pt"
 

@@ -439,11 +439,12 @@ def test_recipe_is_its_loss_at_lambda_zero_and_takes_a_soar_step(stub, patch):
     (sd_scripts, {"alpha_masks": torch.ones(BATCH, 8, 8)}), (onetrainer, {"masked_training": True}),
     (onetrainer, {"train_text_encoder_3_or_embedding": lambda: True}),
     (onetrainer, {"kind": "PRIOR_PREDICTION"}), (onetrainer, {"activations": True}),
-    (onetrainer, {"offload": True}), (diffsynth, {"cfg_scale": 1}), (diffsynth, {"min_timestep_boundary": 1}),
+    (onetrainer, {"offload": True}), (diffsynth, {"cfg_scale": 1}),
+    (diffsynth, {"min_timestep_boundary": 1}),
     (diffsynth, {"first_frame_latents": 1}), (diffusion_pipe, {"huber_delta": 1}),
 ])  # fmt: skip
 def test_a_setting_that_a_recipe_would_get_wrong_is_refused(stub, settings, patch):
-    with pytest.raises(ValueError, match="this recipe is for|SOAR|loss_type|soar_onetrainer: not with"):
+    with pytest.raises(ValueError, match="this recipe is for|SOAR|loss_type|onetrainer: not with"):
         stub(patch, **settings).ours()
 
 

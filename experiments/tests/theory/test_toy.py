@@ -11,7 +11,14 @@ import torch
 from experiments.tests.common import ROOT
 from experiments.theory import toy
 from experiments.theory.toy import (
-    ARMS, CLASSES, EMPTY, MODE_STD, Args, Model, data, distance,
+    ARMS,
+    CLASSES,
+    EMPTY,
+    MODE_STD,
+    Args,
+    Model,
+    data,
+    distance,
 )  # fmt: skip
 from soar import SoarConfig, draw, soar_terms
 

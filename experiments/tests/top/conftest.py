@@ -1,6 +1,9 @@
-"""Fixtures of the tests of sample.py."""
+"""Fixtures of the tests of sample.py and train.py."""
 
 import json
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,21 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 import sample
+import train
 from experiments.shapes.draw import MAX_SEQUENCE_LENGTH
+from experiments.tests.common import (
+    DATASET,
+    MODEL,
+    copy_pairs,
+    finish,
+    start,
+)
 from experiments.tests.top.sampling import base_transformer
+from experiments.tests.top.training import (
+    SHORT,
+    THREE,
+    run,
+)
 
 
 @pytest.fixture
@@ -40,4 +56,47 @@ def trained(tmp_path_factory):
         transformer_lora_layers=get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
     )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """A run in this process leaves no process group, and the signals as they were."""
+    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory) -> Path:
+    """Seven pairs: with batches of 4, 3 or 2 the last one is smaller."""
+    return copy_pairs(range(100, 107), tmp_path_factory.mktemp("held out") / "pairs.parquet")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "p.txt"
+    file.write_text("a photo of a red circle\na photo of a blue square\na photo of two stars\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, prompts, held_out) -> Path:
+    """The same five steps at global batch 4: 1 x 4, also without validation and with a line every
+    two steps; 1 x 2 x 2 accumulated; 3 steps of 2 x 2 under torchrun, gone on with 1 x 4."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = {"max_train_steps": 5, "checkpointing_steps": 3}
+    drawn = {"validation_prompts": prompts, "validation_steps": 3, "held_out": held_out}
+    two = MODEL | DATASET | SHORT | drawn | THREE
+    torchrun = start(2, "train.py", output_dir=folder / "2x2", **two)
+    run(folder / "1x4", train_batch_size=4, **flags, **drawn)
+    run(folder / "1x4, plain", train_batch_size=4, **flags | {"logging_steps": 2})
+    run(folder / "1x2x2", train_batch_size=2, gradient_accumulation_steps=2, **flags)
+    done = finish(torchrun)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(folder / "2x2", folder / "2x2, 1x4", symlinks=True)
+    run(folder / "2x2, 1x4", train_batch_size=4, **flags)
     return folder

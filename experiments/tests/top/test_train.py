@@ -1,4 +1,5 @@
-"""train.py on the small Stable Diffusion 3 pipeline of experiments/shapes/data.
+"""train.py on the small Stable Diffusion 3 pipeline of experiments/shapes/data: runs are exact, a
+step is what it is said to be, flags, and what the user sees.
 
 A process that starts up imports diffusers for 7 s. So runs are calls in this process, or ranks
 forked from it, where needed by torchrun's launcher; one run is started as a user starts it.
@@ -10,30 +11,21 @@ import dataclasses
 import inspect
 import itertools
 import json
-import math
 import os
-import shutil
-import signal
-import threading
-import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from multiprocessing import Process
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,113 +33,30 @@ import sample
 import train
 from experiments.shapes.draw import DATA, PAIRS, read_pairs
 from experiments.tests.common import (
-    DATASET,
-    MODEL,
     ROOT,
     copy_pairs,
-    finish,
-    fork,
-    free_port,
     launch,
-    start,
     train_args,
+)
+from experiments.tests.top.training import (
+    SHORT,
+    SOAR,
+    THREE,
+    WEIGHTS,
+    all_lines,
+    base_weights,
+    ends,
+    equal,
+    held_out_lines,
+    last,
+    lines,
+    refused,
+    run,
+    same_weights,
 )
 from soar import SoarConfig, Term
 
-SHORT = {"learning_rate": 1e-4, "num_rollout_paths": 2, "num_aux_points": 1, "logging_steps": 1}
-SOAR = SoarConfig(num_rollout_paths=2, num_aux_points=1)
-THREE = {"max_train_steps": 3, "checkpointing_steps": 2, "train_batch_size": 2}  # by two ranks
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-TIMES = {"step_seconds", "peak_memory_gb"}
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    """A run in this process leaves no process group, and the signals as they were."""
-    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def run(output_dir: Path, **flags) -> None:
-    """train.py in this process."""
-    try:
-        train.main(train_args(output_dir=output_dir, **(SHORT | flags)))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def refused(output_dir: Path, *words: str, kind=ValueError, **flags) -> None:
-    """The run raises, with these words in its message."""
-    with pytest.raises(kind) as caught:
-        run(output_dir, **flags)
-    for word in words:
-        assert word in str(caught.value), (word, str(caught.value))
-
-
-def ends(count: int, action: Callable[[], None], log: Path) -> tuple[list[int], list[str]]:
-    """Exit codes of forked ranks that call action, and what they printed."""
-    ranks = fork(count, action, log)
-    for rank in ranks:
-        rank.join(100)
-        rank.kill()  # if it still runs, which its exit code then tells
-        rank.join()
-    said = [log.with_suffix(f".{i}").read_text() for i in range(count)]
-    return [rank.exitcode for rank in ranks], said
-
-
-def all_lines(folder: Path) -> list[dict]:
-    """Its metrics but for times."""
-    written = (folder / "metrics.jsonl").read_text().splitlines()
-    found = []
-    for line in written:
-        found.append({key: x for key, x in json.loads(line).items() if key not in TIMES})
-    return found
-
-
-def lines(folder: Path) -> list[dict]:
-    """Those of training."""
-    return [line for line in all_lines(folder) if "held_out" not in line]
-
-
-def held_out_lines(folder: Path) -> list[dict]:
-    return [line for line in all_lines(folder) if "held_out" in line]
-
-
-def last(folder: Path) -> Path:
-    """Its newest checkpoint."""
-    return train.checkpoints(folder)[-1]
-
-
-def equal(a: Path, b: Path) -> bool:
-    a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    return all(equal(a / name, b / name) for name in (WEIGHTS, "optimizer.safetensors"))
-
-
-def base_weights() -> dict[str, torch.Tensor]:
-    model = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer")
-    return model.state_dict()
-
-
-def copy_base(folder: Path) -> Path:
-    return shutil.copytree(DATA / "model", folder)
-
-
 # --- Exactness ---
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory) -> Path:
-    """Seven pairs: with batches of 4, 3 or 2 the last one is smaller."""
-    return copy_pairs(range(100, 107), tmp_path_factory.mktemp("held out") / "pairs.parquet")
 
 
 def test_twelve_steps_equal_five_and_three_and_four_bit_by_bit(tmp_path, held_out):
@@ -163,32 +72,6 @@ def test_twelve_steps_equal_five_and_three_and_four_bit_by_bit(tmp_path, held_ou
     assert same_weights(last(tmp_path / "whole"), last(tmp_path / "parts"))
     early, late = (tmp_path / f"parts/checkpoint-00000{n}" / WEIGHTS for n in (5, 8))
     assert not equal(early, late)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("prompts") / "p.txt"
-    file.write_text("a photo of a red circle\na photo of a blue square\na photo of two stars\n")
-    return file
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, prompts, held_out) -> Path:
-    """The same five steps at global batch 4: 1 x 4, also without validation and with a line every
-    two steps; 1 x 2 x 2 accumulated; 3 steps of 2 x 2 under torchrun, gone on with 1 x 4."""
-    folder = tmp_path_factory.mktemp("runs")
-    flags = {"max_train_steps": 5, "checkpointing_steps": 3}
-    drawn = {"validation_prompts": prompts, "validation_steps": 3, "held_out": held_out}
-    two = MODEL | DATASET | SHORT | drawn | THREE
-    torchrun = start(2, "train.py", output_dir=folder / "2x2", **two)
-    run(folder / "1x4", train_batch_size=4, **flags, **drawn)
-    run(folder / "1x4, plain", train_batch_size=4, **flags | {"logging_steps": 2})
-    run(folder / "1x2x2", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-    done = finish(torchrun)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shutil.copytree(folder / "2x2", folder / "2x2, 1x4", symlinks=True)
-    run(folder / "2x2, 1x4", train_batch_size=4, **flags)
-    return folder
 
 
 def test_losses_and_weights_depend_neither_on_processes_nor_on_accumulation(runs):
@@ -368,374 +251,6 @@ def test_no_step_of_a_schedule_has_learning_rate_0(name):
         rates = [factor(step) for step in range(1, 10)]
         assert rates[:warmup] == pytest.approx([1 / 3, 2 / 3, 1][:warmup])
         assert 0.9 <= max(rates) <= 1 and min(rates) > 0 and rates[-1] < 0.2
-
-
-# --- What is saved ---
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_pickle_is_never_read(tmp_path, part):
-    copy_base(tmp_path / "model")
-    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
-    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
-    torch.save(load_file(file), file.with_name(name))
-    file.unlink()
-    flags = {"pretrained_model_name_or_path": tmp_path / "model", "max_train_steps": 1}
-    refused(tmp_path / "run", "safetensors", kind=OSError, **flags)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "part, key", [("text_encoder_3", "shared.weight"), ("text_encoder", "text_projection.weight"),
-                  ("vae", "decoder.conv_in.bias"), ("transformer", "proj_out.bias")],
-)  # fmt: skip
-@pytest.mark.parametrize("change", ["missing", "superfluous"])
-def test_weights_that_are_missing_or_left_over_are_refused_by_name(tmp_path, part, key, change):
-    copy_base(tmp_path / "model")
-    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
-    tensors = load_file(file)
-    if change == "missing":
-        del tensors[key]
-    else:
-        key = "encoder.what.weight"
-        tensors[key] = torch.ones(2)
-    save_file(tensors, file, metadata={"format": "pt"})
-    path = tmp_path / "model"
-    named = "embed_tokens" if key == "shared.weight" else key  # two names of one tensor
-    refused(tmp_path / "run", f"{path}/{part}", named, pretrained_model_name_or_path=path)
-    assert not (tmp_path / "run").exists()
-
-
-def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events, sync = [], train.sync
-    path, staging = (tmp_path / "run" / f"{x}checkpoint-000001" for x in ("", "."))
-
-    def syncing(written):
-        events.append((written, path.exists()))
-        sync(written)
-
-    monkeypatch.setattr(train, "sync", syncing)
-    run(tmp_path / "run", max_train_steps=1)
-    *content, whole, parent = events
-    names = ("transformer", "transformer/config.json", WEIGHTS)
-    names += ("optimizer.safetensors", "trainer_state.json")
-    assert set(content) == {(staging / name, False) for name in names}
-    assert whole == (staging, False) and parent == (tmp_path / "run", True)
-
-
-def test_only_the_newest_checkpoints_are_kept_where_a_limit_is_given(tmp_path, monkeypatch):
-    seen, original = [], train.save_checkpoint
-
-    def save(path, *rest):
-        original(path, *rest)
-        seen.append([x.name[-1] for x in train.checkpoints(path.parent)])  # before any deletion
-
-    monkeypatch.setattr(train, "save_checkpoint", save)
-    run(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert seen == [["1"], ["1", "2"], ["1", "2", "3"], ["2", "3", "4"]]
-    assert [x.name[-1] for x in train.checkpoints(tmp_path / "run")] == ["3", "4"]
-    assert list((tmp_path / "run").glob(".checkpoint*")) == []
-
-
-def test_run_with_other_settings_is_refused_by_their_names(runs, tmp_path):
-    shutil.copytree(runs / "1x4", tmp_path / "run", symlinks=True)
-    bad = {"seed": 7, "lambda_aux": 0.5, "train_batch_size": 8, "sigma_upper_ratio": 2.0}
-    said = ("seed was 42, is 7", "lambda_aux was 1.0, is 0.5", "global_batch was 4, is 8")
-    said += ("sigma_upper_ratio was inf, is 2.0",)
-    refused(tmp_path / "run", *said, **bad, max_train_steps=6)
-    refused(tmp_path / "run", "data was ", min={"aesthetic": 6}, train_batch_size=4)
-    same = {"train_batch_size": 4, "max_train_steps": 6}
-    words = ("max_train_steps was None, is 6", "lr_scheduler was constant, is cosine")
-    refused(tmp_path / "run", *words, lr_scheduler="cosine", **same)
-    refused(tmp_path / "run", "beyond --max_train_steps 4", train_batch_size=4, max_train_steps=4)
-    copy_base(tmp_path / "model")
-    file = tmp_path / "model/vae/diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["decoder.conv_in.bias"] += 1
-    other = {"pretrained_model_name_or_path": tmp_path / "model"}
-    run(tmp_path / "run", **same | other)  # an equal copy elsewhere
-    save_file(tensors, file, metadata={"format": "pt"})
-    refused(tmp_path / "run", "pipeline was ", **same | other)
-
-
-def test_output_dir_in_other_use_is_refused(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/notes.txt").write_text("mine")
-    refused(tmp_path / "b", "not empty", "metrics.jsonl", max_train_steps=1)
-    assert [x.name for x in (tmp_path / "b").iterdir()] == ["notes.txt"]
-
-
-def test_what_is_no_checkpoint_by_name_and_torn_metrics_do_no_harm(tmp_path):
-    flags = {"train_batch_size": 4, "checkpointing_steps": 2, "max_train_steps": 2}
-    folder = tmp_path / "run"
-    (folder / "lost+found").mkdir(parents=True)  # of a fresh disk
-    (folder / ".DS_Store").write_text("x")
-    run(folder, **flags)
-    line = json.dumps({"step": 3, "loss": 0.0})
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(f"{line}\n" + "\0" * 40 + f"\n{line[:9]}")
-    (folder / ".checkpoint-000004/transformer").mkdir(parents=True)
-    shutil.copytree(folder / "checkpoint-000002", folder / "checkpoint-000002-good")
-    run(folder, checkpoints_total_limit=1, **(flags | {"max_train_steps": 4}))
-    assert [x["step"] for x in lines(folder)] == [1, 2, 3, 4] and lines(folder)[2]["loss"] > 0
-    assert [x.name for x in train.checkpoints(folder)] == ["checkpoint-000004"]
-    assert (folder / "checkpoint-000002-good/optimizer.safetensors").is_file()
-
-
-def test_ranks_that_do_not_see_output_dir_end_the_run(tmp_path):
-    def main() -> None:
-        exists = Path.exists
-        wait_for = train.wait_for
-        train.wait_for = lambda path: wait_for(path, seconds=1)
-        if os.environ["RANK"] == "1":
-            Path.exists = lambda path: path.name != "metrics.jsonl" and exists(path)
-        train.main(train_args(output_dir=tmp_path / "run", **SHORT | THREE))
-
-    ended, said = ends(2, main, tmp_path / "log")
-    assert ended == [1, 1]
-    assert f"rank 1 has not seen {tmp_path}/run/metrics.jsonl within 1 s" in said[1]
-
-
-def test_newest_checkpoint_that_any_rank_sees_holds_for_all(tmp_path):
-    flags = SHORT | THREE | {"checkpointing_steps": 1}
-    run(tmp_path / "run", **flags | {"max_train_steps": 2, "train_batch_size": 4})
-
-    def main() -> None:
-        found, looks = train.checkpoints, []
-        if os.environ["RANK"] == "0":  # sees the newest late
-            train.checkpoints = lambda path: looks.append(1) or found(path)[: len(looks) > 1]
-        train.main(train_args(output_dir=tmp_path / "run", **flags))
-
-    ended, said = ends(2, main, tmp_path / "log")
-    assert ended == [0, 0], said
-    assert "3, 2 done" in said[0] and [x["step"] for x in lines(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_path_that_shows_late_is_waited_for_and_one_that_does_not_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
-    threading.Timer(0.7, (tmp_path / "late").mkdir).start()
-    train.wait_for(tmp_path / "late")
-    with pytest.raises(FileNotFoundError, match="rank 3 .*/never.* all nodes see"):
-        train.wait_for(tmp_path / "never", seconds=0.1)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"seed": 7}, {"max_train_steps": 9}, {"learning_rate": 3e-4}, {"min": {"aesthetic": 6}},
-     {"pretrained_model_name_or_path": "model"}],
-)  # fmt: skip
-def test_ranks_with_other_flags_weights_or_rows_are_refused_by_name(tmp_path, other):
-    if "pretrained_model_name_or_path" in other:
-        file = copy_base(tmp_path / "model") / "vae/diffusion_pytorch_model.safetensors"
-        tensors = load_file(file)
-        tensors["decoder.conv_in.bias"] += 1
-        save_file(tensors, file, metadata={"format": "pt"})
-        other = {"pretrained_model_name_or_path": tmp_path / "model"}
-
-    def main() -> None:
-        flags = other if os.environ["RANK"] == "1" else {}
-        train.main(train_args(output_dir=tmp_path / "run", **SHORT | THREE | flags))
-
-    ended, said = ends(2, main, tmp_path / "log")
-    assert ended == [1, 1]
-    (name,) = other
-    names = {"min": ["minima"], "pretrained_model_name_or_path": ["pipeline"]}
-    for text in said:
-        assert "ranks do not have the same" in text
-        assert all(f"{x} (here " in text for x in names.get(name, [name])), text
-    assert not (tmp_path / "run").exists()
-
-
-def test_ranks_wait_for_one_another_before_ddp_is_made(tmp_path, monkeypatch):
-    events, barrier, make_ddp = [], train.dist.barrier, train.make_ddp
-    watched = lambda group: events.append("barrier") or barrier(group)  # noqa: E731
-    monkeypatch.setattr(train.dist, "barrier", watched)
-    monkeypatch.setattr(train, "make_ddp", lambda model: events.append("DDP") or make_ddp(model))
-    run(tmp_path / "run", dry_run=True)
-    assert events == ["barrier", "DDP"]
-
-
-@pytest.mark.parametrize("place", ["/proc/soar", "notes.txt/run"])
-def test_dry_run_refuses_an_output_dir_that_cannot_be_written(tmp_path, place):
-    (tmp_path / "notes.txt").write_text("a file")
-    refused(tmp_path / place, place.split("/")[-2], kind=OSError, dry_run=True)
-
-
-def test_dry_run_refuses_a_learning_rate_schedule_that_cannot_be_made(tmp_path):
-    flags = {"dry_run": True, "lr_scheduler": "polynomial"}
-    refused(tmp_path / "run", "lr_end", learning_rate=1e-8, **flags)  # it would end at 1e-7
-    refused(tmp_path / "run", "--lr_scheduler", "cosin", dry_run=True, lr_scheduler="cosin")
-
-
-def test_dry_run_of_a_finished_run_says_so_and_changes_nothing(runs, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (runs / "1x4").rglob("*")}
-    run(runs / "1x4", train_batch_size=4, max_train_steps=5, dry_run=True)
-    assert "5, 5 done" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (runs / "1x4").rglob("*")}
-
-
-def test_dry_run_takes_a_whole_step_and_fails_where_that_does_not_fit(tmp_path, monkeypatch):
-    def step(*_):
-        raise torch.OutOfMemoryError("AdamW's moments")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        refused(tmp_path / "run", "moments", kind=torch.OutOfMemoryError, dry_run=True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_output_dir_without_room_for_all_checkpoints_is_refused(tmp_path, monkeypatch):
-    usage = shutil._ntuple_diskusage(10, 9, 80e6)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
-    flags = {"max_train_steps": 3, "checkpointing_steps": 1, "dry_run": True}
-    words = ("0.11 GB are needed, 0.08 are free", "--checkpoints_total_limit")
-    refused(tmp_path / "run", *words, kind=OSError, **flags)
-    run(tmp_path / "run", checkpoints_total_limit=1, **flags)  # two, as the new one comes first
-    assert not (tmp_path / "run").exists()
-
-
-WRITE_ERRORS = [OSError(28, "No space left on device"), train.SafetensorError("I/O")]
-
-
-@pytest.mark.parametrize("error", WRITE_ERRORS)
-def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_whole(
-    tmp_path, monkeypatch, error
-):
-    original, calls = train.save_file, []
-
-    def save_file(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise error
-        original(*args)
-
-    flags = {"max_train_steps": 3, "checkpointing_steps": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", save_file)
-        refused(tmp_path / "run", "checkpoint-000002", "make room", kind=OSError, **flags)
-    assert [x.name for x in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-000001"]
-    run(tmp_path / "run", **flags)
-    assert len(train.checkpoints(tmp_path / "run")) == 3
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]  # the first 2 is gone
-
-
-# --- Where a run starts ---
-
-
-def started(monkeypatch) -> list[dict[str, torch.Tensor]]:
-    """The trained weights of each run to come, as it starts."""
-    seen, original = [], train.make_ddp
-
-    def make_ddp(model):
-        seen.append({name: x.detach().clone() for name, x in train.trained(model).items()})
-        return original(model)
-
-    monkeypatch.setattr(train, "make_ddp", make_ddp)
-    return seen
-
-
-def test_soar_starts_from_the_weights_of_sft(runs, tmp_path, monkeypatch):
-    seen = started(monkeypatch)
-    for given in (runs / "1x4/checkpoint-000003", runs / "1x4/checkpoint-000003/transformer"):
-        run(tmp_path / given.name, transformer=given, dry_run=True)
-        expected = load_file(runs / "1x4/checkpoint-000003" / WEIGHTS)
-        found = seen.pop()
-        assert found and all(torch.equal(x, expected[key]) for key, x in found.items())
-    run(tmp_path / "on", transformer=runs / "1x4/checkpoint-000003", max_train_steps=1)
-    other = {"transformer": last(runs / "1x4"), "max_train_steps": 2}
-    refused(tmp_path / "on", "transformer was ", **other)
-    shutil.copytree(runs / "1x4/checkpoint-000003/transformer", tmp_path / "copy")
-    run(tmp_path / "on", transformer=tmp_path / "copy", max_train_steps=2)
-    refused(tmp_path / "x", "nowhere", transformer="nowhere")
-    refused(tmp_path / "x", "LoRA", transformer=last(runs / "1x4"), lora_rank=4)
-    shutil.copytree(tmp_path / "copy", tmp_path / "other")
-    config = json.loads((tmp_path / "copy/config.json").read_text())
-    (tmp_path / "other/config.json").write_text(json.dumps(config | {"in_channels": 4}))
-    refused(tmp_path / "x", "in_channels is 4, that of", transformer=tmp_path / "other")
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory) -> Path:
-    """Two steps of LoRA, in one run and in two."""
-    folder = tmp_path_factory.mktemp("lora")
-    flags = {"lora_rank": 4, "learning_rate": 1e-2}
-    run(folder / "whole", max_train_steps=2, gradient_checkpointing=True, **flags)
-    for steps in (1, 2):
-        run(folder / "parts", max_train_steps=steps, **flags)
-    return folder
-
-
-def test_lora_run_goes_on_bit_by_bit_and_writes_what_sample_reads(lora):
-    names = ["optimizer.safetensors", sample.LORA, "trainer_state.json"]
-    assert sorted(path.name for path in last(lora / "whole").iterdir()) == names
-    assert lines(lora / "parts") == lines(lora / "whole")
-    for name in names[:2]:
-        assert equal(last(lora / "parts") / name, last(lora / "whole") / name)
-    found = load_file(last(lora / "whole") / sample.LORA)
-    moments = load_file(last(lora / "whole") / "optimizer.safetensors")
-    assert len(found) == 2 * (5 * 8 + 4 - 1)  # 5 blocks, 1 of them dual, the last has no add_out
-    assert all(4 in x.shape for x in found.values())
-    assert len(moments) == 3 * len(found) and all(".lora_" in key for key in moments)
-    unused = ".4.attn.add_q"  # the last block drops what its text queries give
-    grown = [x.abs().max() for key, x in found.items() if "lora_B" in key and unused not in key]
-    assert min(grown) > 1e-3
-    weights, state = sample.find_weights(str(last(lora / "whole")))
-    assert weights.name == sample.LORA and state["settings"]["lora_rank"] == 4
-    cpu = torch.device("cpu")
-    model = sample.load_transformer(str(DATA / "model"), weights, torch.float32, cpu)
-    key = "transformer_blocks.0.attn.to_q.weight"
-    b, a = (found[f"transformer.{key[:-7]}.lora_{x}.weight"] for x in "BA")
-    expected = base_weights()[key] + b @ a
-    torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_lora_file_goes_on_with_its_matrices_and_others_are_refused(lora, tmp_path, monkeypatch):
-    file = last(lora / "whole") / sample.LORA
-    seen = started(monkeypatch)
-    run(tmp_path / "a", lora_rank=4, transformer=file, dry_run=True)
-    found, trained = load_file(file), seen.pop()
-    assert len(trained) == len(found)
-    for name, x in trained.items():
-        key = "transformer." + name.replace(".default", "")
-        assert torch.equal(x, found[key]) and x.dtype == torch.float32
-    refused(tmp_path / "a", "not --lora_rank 8", lora_rank=8, transformer=file)
-    settings = {"r": 4, "lora_alpha": 2, "target_modules": train.LORA_MODULES}
-    settings = json.dumps({f"transformer.{key}": x for key, x in settings.items()})
-    metadata = {"lora_adapter_metadata": settings, "format": "pt"}
-    save_file(found, tmp_path / "alpha.safetensors", metadata=metadata)
-    refused(tmp_path / "a", "alpha", lora_rank=4, transformer=tmp_path / "alpha.safetensors")
-    run(tmp_path / "b", transformer=file, dry_run=True)  # all weights, the matrices merged
-    cpu = torch.device("cpu")
-    merged = sample.load_transformer(str(DATA / "model"), file, torch.float32, cpu).state_dict()
-    assert all(torch.equal(x, merged[key]) for key, x in seen.pop().items())
-
-
-def test_lora_of_bf16_weights_trains_float32_matrices_and_goes_on_bit_by_bit(tmp_path, monkeypatch):
-    seen, original = [], train.make_ddp
-    monkeypatch.setattr(train, "make_ddp", lambda model: seen.append(model) or original(model))
-    flags = {"lora_rank": 4, "mixed_precision": "bf16", "learning_rate": 1e-2, "lambda_aux": 0.0}
-    run(tmp_path / "whole", max_train_steps=2, gradient_checkpointing=True, **flags)
-    for steps in (1, 2):
-        run(tmp_path / "parts", max_train_steps=steps, **flags)
-    for model in seen:
-        kinds = {(x.requires_grad, x.dtype) for x in model.parameters()}
-        assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    found = load_file(last(tmp_path / "whole") / sample.LORA)
-    assert max(x.abs().max() for key, x in found.items() if "lora_B" in key) > 1e-3
-    assert equal(last(tmp_path / "whole") / sample.LORA, last(tmp_path / "parts") / sample.LORA)
-    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
-    other = flags | {"lora_rank": 8}
-    refused(tmp_path / "parts", "lora_rank was 4, is 8", max_train_steps=2, **other)
-
-
-def test_text_encoders_stay_on_their_device_and_embeddings_move():
-    cpu, meta = torch.device("cpu"), torch.device("meta")
-    pipe = sample.load_pipeline(str(DATA / "model"), torch.float32, meta, cpu)
-    assert pipe.vae.device == meta
-    assert pipe.text_encoder.device == pipe.text_encoder_3.device == cpu
-    made = sample.encode_prompts(pipe, ["a circle"], 12)
-    assert {x.device for x in made.values()} == {meta}
 
 
 # --- The step ---
@@ -1034,210 +549,6 @@ def test_global_batch_may_be_all_pairs_and_no_more(tmp_path):
     run(tmp_path / "run", train_batch_size=3, **flags)
 
 
-# --- Faults ---
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """action(latents) -> latents when this step's images are encoded, one forward a step."""
-    original, calls = train.encode_images, []
-
-    def encode_images(*args):
-        calls.append(1)
-        z0 = original(*args)
-        return action(z0) if len(calls) == step else z0
-
-    monkeypatch.setattr(train, "encode_images", encode_images)
-
-
-@pytest.mark.parametrize("number", train.SIGNALS)
-def test_signal_ends_the_run_after_the_step_with_a_checkpoint_to_go_on_from(
-    tmp_path, monkeypatch, capsys, number, runs, held_out
-):
-    original = train.save_checkpoint
-
-    def save(*args):
-        os.kill(os.getpid(), number)  # a second one, while it saves
-        original(*args)
-
-    flags = {"train_batch_size": 4, "max_train_steps": 5}
-    flags |= {"held_out": held_out, "validation_steps": 3}
-    with monkeypatch.context() as patch:
-        # Step 3, as two batches are held out before; then the run stops before it measures again.
-        at_step(patch, 2 + 3, lambda z0: os.kill(os.getpid(), number) or z0)
-        patch.setattr(train, "save_checkpoint", save)
-        run(tmp_path / "run", **flags)
-    said = capsys.readouterr().out
-    assert f"step 3 of 5 is saved; stopped by {number.name}" in said
-    assert last(tmp_path / "run").name == "checkpoint-000003"
-    assert [line["step"] for line in held_out_lines(tmp_path / "run")] == [0]
-    run(tmp_path / "run", **flags)
-    assert all_lines(tmp_path / "run") == all_lines(runs / "1x4")
-    assert same_weights(last(tmp_path / "run"), last(runs / "1x4"))
-
-
-@contextlib.contextmanager
-def long_run(folder: Path, count: int, **flags) -> Iterator[list[Process]]:
-    """The ranks of a run that has made two steps and would make many more; log.r beside folder has
-    what rank r prints. None of them outlives this."""
-    flags = SHORT | {"train_batch_size": 2, "max_train_steps": 5000} | flags
-    args = train_args(output_dir=folder, **flags)
-    log, metrics = folder.with_name("log"), folder / "metrics.jsonl"
-    ranks = fork(count, lambda: train.main(args), log)
-    try:
-        while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
-            assert all(rank.is_alive() for rank in ranks), log.with_suffix(".0").read_text()
-            time.sleep(0.02)
-        yield ranks
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
-def children(process: Process) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def test_signal_to_one_rank_stops_all_and_a_second_run_is_refused_meanwhile(tmp_path):
-    with long_run(tmp_path / "run", 2) as ranks:
-        other = {"train_batch_size": 4, "max_train_steps": 5000}
-        words = ("in use", f"process {ranks[0].pid} ")
-        refused(tmp_path / "run", *words, kind=RuntimeError, **other)
-        os.kill(ranks[1].pid, signal.SIGUSR1)
-        for rank in ranks:
-            rank.join(60)
-        said = (tmp_path / "log.0").read_text()
-        assert [rank.exitcode for rank in ranks] == [0, 0], said
-    (checkpoint,) = train.checkpoints(tmp_path / "run")
-    step = int(checkpoint.name[-6:])
-    assert f"step {step} of 5000 is saved; stopped by SIGUSR1" in said
-    assert len(lines(tmp_path / "run")) == step < 5000
-    assert "stopped" not in (tmp_path / "log.1").read_text()
-
-
-def test_kill_9_costs_at_most_an_interval_and_the_run_is_one_process(tmp_path):
-    folder = tmp_path / "run"
-    with long_run(folder, 1, checkpointing_steps=1, checkpoints_total_limit=1) as (rank,):
-        assert children(rank) == []
-        rank.kill()
-        rank.join()
-        with train.locked(folder):  # is free at once
-            pass
-    made = len(lines(folder))
-    (whole,) = train.checkpoints(folder)
-    assert int(whole.name[-6:]) >= made - 1
-    load_file(whole / WEIGHTS), load_file(whole / "optimizer.safetensors")
-    step = int(whole.name[-6:])
-    run(folder, max_train_steps=step + 1, train_batch_size=2)
-    assert [line["step"] for line in lines(folder)] == list(range(1, step + 2))
-    assert not list(folder.glob(".checkpoint*"))
-
-
-def test_rank_whose_peer_is_killed_ends(tmp_path):
-    with long_run(tmp_path / "run", 2) as (first, second):
-        second.kill()
-        first.join(60)
-        assert first.exitcode == 1
-
-
-def test_error_in_the_loop_ends_the_process(tmp_path):
-    flags = MODEL | DATASET | {"output_dir": tmp_path / "run", "learning_rate": 1e30}
-    done = launch(1, "train.py", **flags)
-    assert done.returncode == 1 and "step 2 is not finite" in done.stderr
-
-
-def launchers(count: int, action: Callable[[], None], folder: Path, **settings) -> list[Process]:
-    """torchrun's launchers, one for each node, forked from this process, which fork ranks that call
-    action. What they print goes to 0.0, 1.0, ... in folder."""
-    name = f"localhost:{free_port()}"
-    config = LaunchConfig(
-        count, count, run_id=name, rdzv_backend="c10d", rdzv_endpoint=name, start_method="fork",
-        **settings,
-    )  # fmt: skip
-    found = []
-    for i in range(count):
-        found += fork(1, lambda: elastic_launch(config, record(action))(), folder / str(i))
-    for launcher in found:
-        launcher.join(100)
-        if launcher.is_alive():
-            for process in (*children(launcher), launcher):
-                process.kill()
-            launcher.join()
-    return found
-
-
-def test_two_nodes_train_as_one(tmp_path, runs):
-    args = train_args(output_dir=tmp_path / "run", **SHORT | THREE)
-    both = launchers(2, lambda: train.main(args), tmp_path, nproc_per_node=1)
-    assert [launcher.exitcode for launcher in both] == [0, 0], (tmp_path / "0.0").read_text()
-    assert lines(tmp_path / "run") == lines(runs / "2x2")
-
-
-def test_rank_that_raises_ends_all_and_torchrun_restarts_from_the_last_checkpoint(tmp_path, runs):
-    args = train_args(output_dir=tmp_path / "run", **SHORT | THREE)
-    original, calls, mark = train.encode_images, [], tmp_path / "mark"
-
-    def encode_images(*images):
-        calls.append(1)
-        if len(calls) == 3 and os.environ["RANK"] == "1" and not mark.exists():
-            mark.touch()
-            raise RuntimeError("rank 1 cannot go on")
-        return original(*images)
-
-    def train_main() -> None:
-        train.encode_images = encode_images  # in a fork
-        train.main(args)
-
-    (launcher,) = launchers(1, train_main, tmp_path, nproc_per_node=2, max_restarts=0)
-    said = (tmp_path / "0.0").read_text()
-    assert launcher.exitcode == 1 and "RuntimeError: rank 1 cannot go on" in said
-    assert [x.name[-1] for x in train.checkpoints(tmp_path / "run")] == ["2"]
-    shutil.rmtree(tmp_path / "run")
-    mark.unlink()
-    (launcher,) = launchers(1, train_main, tmp_path, nproc_per_node=2, max_restarts=1)
-    said = (tmp_path / "0.0").read_text()
-    assert launcher.exitcode == 0 and mark.exists(), said
-    assert "3, 0 done" in said and "3, 2 done" in said  # of the first start and the second
-    assert lines(tmp_path / "run") == lines(runs / "2x2")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, "gradient"])
-def test_step_that_is_not_finite_changes_nothing_and_is_named_with_sigma_and_rows(
-    tmp_path, monkeypatch, value
-):
-    flags = {"train_batch_size": 4, "checkpointing_steps": 2, "max_train_steps": 20}
-    updates, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda x: updates.append(1) or step(x))
-    if value == "gradient":
-        clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-        def overflow(parameters, norm):
-            calls.append(1)
-            parameters[7].grad.flatten()[0] *= math.inf if len(calls) == 4 else 1
-            return clip(parameters, norm)
-
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
-    else:
-        at_step(monkeypatch, 4, lambda z0: z0 * value)
-    rows = train.step_indices(2000, 4, 42, 4)
-    draws = [train.draw((1, 16, 8, 8), SOAR, sample.seeded(42, "draws", 4, i)) for i in range(4)]
-    sigma = train.sigma_from_t(torch.cat([x.t for x in draws]), 3.0)
-    words = ("step 4 is not finite", str(rows), f"{sigma.min():.4f} to {sigma.max():.4f}")
-    refused(tmp_path / "run", *words, kind=FloatingPointError, **flags)
-    assert len(updates) == 3
-    assert [x.name[-1] for x in train.checkpoints(tmp_path / "run")] == ["2"]
-
-
-def test_loss_that_overflows_is_refused_though_its_gradient_is_finite(tmp_path, monkeypatch):
-    original = train.add_term
-
-    def overflow(sums, term, auxiliary):
-        original(sums, term._replace(loss=term.loss + math.inf), auxiliary)
-
-    monkeypatch.setattr(train, "add_term", overflow)
-    refused(tmp_path / "run", "step 1 is not finite", kind=FloatingPointError, max_train_steps=2)
-
-
 # --- What the user sees ---
 
 
@@ -1250,7 +561,8 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     for part in (
         "3.0 M parameters", "445 of 2000, 445 different, 0 unusable\n",
-        "held out     1 of 7, 1 different, 0 unusable\n", "0 of 445 are cut at 12 tokens;", "global batch 4 = 1 processes x 1 x 4",
+        "held out     1 of 7, 1 different, 0 unusable\n", "0 of 445 are cut at 12 tokens;",
+        "global batch 4 = 1 processes x 1 x 4",
         "9, 0 done; 111 an epoch", f"{tmp_path}/run: 0.04 GB a checkpoint, 0.04 GB to come",
         "rank 0       0.00 GB of memory; 0.0",
     ):  # fmt: skip
