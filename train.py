@@ -986,7 +986,7 @@ def validate(args: Args, run: Run, texts: list[str]) -> None:
     training = args.training
     folder = args.output_dir / f"validation-{run.step:06d}"
     folder.mkdir(exist_ok=True)
-    uncond = encode_prompts(run.pipe, [""], training.max_sequence_length)
+    uncond = {key: x[:1] for key, x in run.uncond.items()}
     for i in range(run.rank, len(texts), run.world_size):
         noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, texts[i], 0))
         cond = encode_prompts(run.pipe, [texts[i]], training.max_sequence_length)

@@ -13,7 +13,6 @@ of Stable Diffusion 3.5's repository, whose CLIP tokenizers are vocab.json and m
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,9 +24,9 @@ import numpy as np
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+from experiments.environment import ROOT, environment, run
 from sample import checkpoints
 
-ROOT = Path(__file__).parents[2]
 DATA = ROOT / "experiments/shapes/data"
 TOKENS = 12  # of the shapes world's longest caption
 PINS = (
@@ -50,23 +49,6 @@ pipe(
     max_sequence_length={TOKENS}, generator=torch.Generator().manual_seed(0),
 ).images[0].save(file)
 """
-
-
-def run(*command) -> None:
-    """Raises RuntimeError: the last line of its error."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-
-
-def make_environment(folder: Path) -> Path:
-    """The Python of an environment with PINS."""
-    print(f"installing {' '.join(PINS)}", flush=True)
-    run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin/python", "-m", "pip", "install", "-q", *PINS)
-    return folder / "bin/python"
 
 
 def as_downloaded(source: Path, folder: Path) -> Path:
@@ -135,7 +117,7 @@ def compare(python: Path, work: Path) -> bool:
     try:
         draw(python, work / "saved")
     except RuntimeError as raised:
-        error = raised
+        error = str(raised).splitlines()[-1]
     ok &= report(error is not None, f"what save_pretrained writes does not open there: {error}")
 
     lora = train(work / "lora", "--lora_rank", "4", "--learning_rate", "1e-2")
@@ -152,4 +134,4 @@ def compare(python: Path, work: Path) -> bool:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        sys.exit(0 if compare(make_environment(work / "environment"), work) else 1)
+        sys.exit(0 if compare(environment(work / "environment", PINS), work) else 1)

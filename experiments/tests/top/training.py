@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 import train
@@ -16,6 +15,7 @@ from experiments.tests.common import (
     fork,
     train_args,
 )
+from experiments.tests.top.sampling import base_transformer
 from soar import SoarConfig
 
 SHORT = {"learning_rate": 1e-4, "num_rollout_paths": 2, "num_aux_points": 1, "logging_steps": 1}
@@ -86,8 +86,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def base_weights() -> dict[str, torch.Tensor]:
-    model = SD3Transformer2DModel.from_pretrained(DATA / "model", subfolder="transformer")
-    return model.state_dict()
+    return base_transformer().state_dict()
 
 
 def copy_base(folder: Path) -> Path:
