@@ -301,8 +301,8 @@ def decode(content: bytes) -> Image.Image:
 
 def int_digest(*parts: bytes) -> int:
     """60 bits of a SHA-256 of these parts: a digest that fits an int64 tensor."""
-    found = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
-    return int(found.hexdigest()[:15], 16)
+    whole = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
+    return int(whole.hexdigest()[:15], 16)
 
 
 def in_threads(function: Callable, items: Iterator, threads: int, ahead: int) -> Iterator:
@@ -347,16 +347,16 @@ class Pairs:
         what was found, in words. Raises ValueError: rows that cannot be used; fewer than least."""
         data, chosen, rank = self.data, self.rows, dist.get_rank(cpu_group)
         check_ranks_agree({f"number of rows of {self.name}": len(chosen)}, cpu_group)
-        found = torch.zeros(len(chosen), dtype=torch.int64)  # digests; 0 if it cannot be used
+        digests = torch.zeros(len(chosen), dtype=torch.int64)  # 0: the row cannot be used
         own = range(rank, len(chosen), dist.get_world_size(cpu_group))
         threads = data.reader_threads
         verdicts = in_threads(self.inspect, (chosen[i] for i in own), threads, 8 * threads)
         for i, verdict in zip(tqdm(own, desc="checking rows", disable=rank > 0), verdicts):
-            found[i] = verdict[0]
-        dist.all_reduce(found, group=cpu_group)  # a row is 0 on all ranks but one
-        good = found > 0
+            digests[i] = verdict[0]
+        dist.all_reduce(digests, group=cpu_group)  # a row is 0 on all ranks but one
+        good = digests > 0
         self.rows = [row for row, fine in zip(chosen, good.tolist()) if fine]
-        self.digests = found[good].tolist()
+        self.digests = digests[good].tolist()
         said = (
             f"{len(self)} of {len(self.table)}, {len(set(self.digests))} different,"
             f" {len(chosen) - len(self)} unusable"
@@ -782,7 +782,7 @@ class Run:
     cpu_group: dist.ProcessGroup  # gloo, of all ranks: for tensors on the CPU, and for long waits
     pairs: Pairs
     held_out: Pairs | None
-    found: str  # what Pairs.check said
+    pairs_said: str  # by Pairs.check, for report
     global_batch: int
     settings: dict
     step: int  # steps done
@@ -823,12 +823,12 @@ def set_up(args: Args) -> Run:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
     # All but the data, as if it were what it was: to read it takes a while.
     check_same(was, was | settings, args.output_dir)
-    found = pairs.check(cpu_group, global_batch)
+    pairs_said = pairs.check(cpu_group, global_batch)
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
     check_same(was, settings, args.output_dir)
     if held_out is not None:
         # Each rank needs one to measure. The line is printed by report, below that of the pairs.
-        found += f"\nheld out     {held_out.check(cpu_group, world_size)}"
+        pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}"
 
     pipe = load_frozen(args, device)
     transformer = load_trainable(base, weights, training, device)
@@ -844,7 +844,7 @@ def set_up(args: Args) -> Run:
     ddp = make_ddp(transformer)
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
-        rank, world_size, device, cpu_group, pairs, held_out, found, global_batch, settings,
+        rank, world_size, device, cpu_group, pairs, held_out, pairs_said, global_batch, settings,
         state["step"], totals, pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
     )  # fmt: skip
 
@@ -887,7 +887,7 @@ def report(args: Args, run: Run) -> None:
     free = free_bytes(folder) / 1e9
     print(f"""model        {args.pretrained_model_name_or_path}, transformer {args.transformer}
 trained      {size / 1e6:,.1f} M parameters
-pairs        {run.found}
+pairs        {run.pairs_said}
 captions     {cut} of {len(captions)} are cut at {length} tokens; {len(set(captions))} are different
 global batch {run.global_batch} = {run.world_size} processes x {split}
 steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch
