@@ -4,27 +4,26 @@
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/sft --lambda_aux 0
 
 `python train.py` runs one process; --dry_run checks all data, takes two steps in memory, says what
-would run, and writes nothing. A run that was killed, or stopped by SIGTERM, SIGINT or SIGUSR1, goes
-on from its last checkpoint when the same command is given again (torchrun ends its ranks 30 s after
-a signal: see experiments/README.md, Signals, for more). The defaults are those of the
-published runs on subsets: 5,000 steps of 8 GPUs x 4 images.
+would run, and writes nothing. At SIGTERM, SIGINT or SIGUSR1 a run ends its step, saves a checkpoint
+and stops; that must be done within the 30 s that torchrun leaves its ranks (experiments/README.md,
+Signals: how to give them more). However a run ended, the same command goes on from its last
+checkpoint. The defaults are those of the published runs on subsets: 5,000 steps of 8 GPUs x 4
+images.
 
 Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
 place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
 also by quarter of sigma (quarter 1 is the cleanest), and in lines of their own the error on the
 pairs of --held_out, {"step": 500, "held_out": mean, "held_out_0.1": at sigma 0.1, ...};
-validation-NNNNNN/. A checkpoint is whole if it has its name. Every random number is a function of
-the seed and of what it is for, in training of (seed, step, sample): the number of GPUs changes only
-the order of sums.
+validation-NNNNNN/. A checkpoint gets its name once all of it is on the disk, so what has the name
+is whole. Every random number is a function of the seed and of what it is for, in training of (seed,
+step, sample): for the same global batch the number of GPUs changes only the order of sums.
 """
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -35,7 +34,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice, product
 from pathlib import Path
@@ -143,9 +142,9 @@ class TrainingConfig:
     lora_rank: int | None = None
     """Train LoRA matrices of this rank, alpha = rank, on the attention, in place of all weights."""
     cond_dropout_rate: float = 0.0
-    """Share of samples trained with an empty caption. At 0 the velocity without a caption, which
-    guidance starts from, still moves with the shared weights; above 0 it is trained, by SOAR's
-    terms too."""
+    """Share of samples trained with an empty caption. At 0 the velocity without a caption is not
+    trained, but moves as the weights change; above 0 it is trained, by the base term and by SOAR's.
+    """
     max_sequence_length: int = 77
     """T5 tokens that a caption is padded or cut to."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
@@ -287,8 +286,9 @@ def decode(content: bytes) -> Image.Image:
     if image.mode[0] in "IF":
         raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode}): convert it to 8")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    # A colour profile is for one kind of pixels, and the image must have that first: L for a grey
+    # image with a grey profile, CMYK, else RGB (a grey image may have an RGB profile).
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
-    # A profile is for a mode: convert to that first. A grey image may have an RGB profile.
     if "icc_profile" in image.info:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
@@ -432,11 +432,12 @@ def step_indices(num_pairs: int, global_batch: int, seed: int, step: int) -> lis
 
 
 def batched(draws: list[Draws]) -> Draws:
-    """Draws of one sample each, joined along their batch dimensions."""
-    where = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)  # the axis of B in each field
+    """Draws of one sample each, as one of all."""
+    # Where B is: z1 (B, C, h, w), t (B,), u (M, N, B), path_noise and path_z1 (M, B, C, h, w).
+    axes = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)
     joined = []
-    for values, dimension in zip(zip(*draws), where):
-        joined.append(None if values[0] is None else torch.cat(values, dimension))
+    for values, axis in zip(zip(*draws), axes):  # values: of one field, a sample's each
+        joined.append(None if values[0] is None else torch.cat(values, axis))
     return Draws(*joined)
 
 
@@ -455,9 +456,9 @@ def read_batch(
 def read_batches(
     pairs: Pairs, args: Args, shape: tuple[int, ...], rank: int, global_batch: int, done: int
 ) -> Iterator[Batch]:
-    """This rank's batches after step done, with latents of shape (C, h, w), made by threads ahead
-    of time, so that the host reads and draws nothing between two steps. What is random is a
-    function of (seed, step, sample of the global batch)."""
+    """This rank's batches for the steps from `done` + 1 on, with latents of shape (C, h, w), made
+    by threads ahead of time, so that the host reads and draws nothing between two steps. What is
+    random is a function of (seed, step, sample of the global batch)."""
     training, size = args.training, args.training.train_batch_size
     num_micros, threads = training.gradient_accumulation_steps, args.data.reader_threads
 
@@ -475,7 +476,8 @@ def read_batches(
         return batch
 
     keys = product(range(done + 1, training.max_train_steps + 1), range(num_micros))
-    return in_threads(make, keys, threads, ahead=num_micros + threads)  # a step, and a batch each
+    # One whole step is ready, and each thread has one more batch in work.
+    return in_threads(make, keys, threads, ahead=num_micros + threads)
 
 
 # --- Model and optimizer --------------------------------------------------------------------------
@@ -575,8 +577,10 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. The schedule runs from 0 to max_train_steps + 1; these two ends,
-    where the factor may be 0, are not taken. Raises ValueError: polynomial at a rate under 1e-7."""
+    there is no state to save. The schedule is made for steps 0 to max_train_steps + 1, as its first
+    and last factor may be 0: steps 1 to max_train_steps have others.
+    Raises ValueError: polynomial at a rate under 1e-7."""
+    # Only its function is used. That it sets the optimizer's rate here is undone before each step.
     return get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps + 1,
@@ -603,7 +607,7 @@ def save_checkpoint(
         else:
             transformer.save_pretrained(staging / "transformer")
         save_file(moments, staging / "optimizer.safetensors")
-        (staging / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (staging / "trainer_state.json").write_text(json.dumps(state, indent=1))
         for written in (*staging.rglob("*"), staging):
             sync(written)
         staging.rename(path)
@@ -644,11 +648,7 @@ def greatest(numbers: list[int], cpu_group: dist.ProcessGroup) -> int:
 
 def newest_checkpoint(output_dir: Path, cpu_group: dist.ProcessGroup) -> Path | None:
     """The checkpoint to go on from, the newest that any rank sees; None for a fresh start.
-    Raises ValueError: output_dir is in other use; FileNotFoundError: a rank does not see it."""
-    if visible(output_dir) and not (output_dir / "metrics.jsonl").is_file():
-        raise ValueError(
-            f"--output_dir {output_dir} is not empty and holds no run: there is no metrics.jsonl"
-        )
+    Raises FileNotFoundError: a rank does not see it."""
     step = greatest(
         [int(path.name.split("-")[1]) for path in checkpoints(output_dir)], cpu_group
     )
@@ -660,9 +660,9 @@ def newest_checkpoint(output_dir: Path, cpu_group: dist.ProcessGroup) -> Path | 
 
 
 def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
-    """What a resumed run must share: all that its result depends on, but for rounding and the data,
-    which set_up adds."""
-    values = dataclasses.asdict(args.training) | dataclasses.asdict(args.soar)
+    """What a resumed run must share: all that its result depends on, up to rounding, but the data's
+    digest, which set_up adds."""
+    values = asdict(args.training) | asdict(args.soar)
     del values["train_batch_size"], values["gradient_accumulation_steps"]  # see global_batch
     if args.training.lr_scheduler.startswith("constant"):
         del values["max_train_steps"]  # such a run may be made longer
@@ -734,18 +734,20 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl, of which lines
-    after step done go, and the held-out line of step done, which the loop measures again before its
-    next step. Deletes unfinished checkpoints: for the holder of output_dir's lock."""
+    """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl. Made at the
+    start, by the holder of output_dir's lock: deletes checkpoints that are not finished, the lines
+    of steps after `done` and, if it is to be measured again, the held-out line of step `done`."""
 
-    def __init__(self, output_dir: Path, done: int):
+    def __init__(self, output_dir: Path, done: int, measured_again: bool):
         for path in output_dir.glob(".checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         file = output_dir / "metrics.jsonl"
         file.touch()
         lines = file.read_text(errors="replace").splitlines()
-        whole = [json.loads(x) for x in lines if x.endswith("}")]  # a crash may leave half a line
-        kept = [x for x in whole if x["step"] < done or (x["step"] == done and "held_out" not in x)]
+        kept = [json.loads(x) for x in lines if x.endswith("}")]  # a crash may leave half a line
+        kept = [x for x in kept if x["step"] <= done]
+        if measured_again:
+            kept = [x for x in kept if x["step"] < done or "held_out" not in x]
         save_whole("".join(json.dumps(x) + "\n" for x in kept), file)
         self.file = file.open("a", buffering=1)
         self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=done + 1)
@@ -797,55 +799,57 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # of each step since the last line
 
 
-def set_up(args: Args) -> Run:
-    """Check and load everything; writes nothing.
-    Raises ValueError, OSError: names a flag, file or row that cannot be used."""
-    base, training = args.pretrained_model_name_or_path, args.training
+def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
+    """Check and load everything; writes nothing but the lock of output_dir, which stack holds.
+    Raises ValueError, OSError, RuntimeError: names a flag, file or row that cannot be used."""
+    base, training, folder = args.pretrained_model_name_or_path, args.training, args.output_dir
     weights, _ = find_weights(args.transformer)
     check_fit(args.transformer, weights, base)
     # Before the ranks wait for one another: a wrong flag fails at once.
-    pairs, held_out = Pairs(args.data), None
-    if args.job.held_out:
-        held_out = Pairs(dataclasses.replace(args.data, dataset=args.job.held_out), "held_out")
+    pairs, other = Pairs(args.data), args.job.held_out
+    held_out = Pairs(replace(args.data, dataset=other), "held_out") if other else None
     rank, world_size, device = init_distributed()
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     global_batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
     settings = run_settings(args, weights, global_batch)
-    values = vars(args.data) | vars(args.training) | vars(args.job) | settings
-    check_ranks_agree(values | {"output_dir": args.output_dir}, cpu_group)
-    checkpoint = newest_checkpoint(args.output_dir, cpu_group)
+    flags = vars(args.data) | vars(args.training) | vars(args.job)
+    check_ranks_agree(flags | settings | {"output_dir": folder}, cpu_group)
+    if visible(folder) and not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"--output_dir {folder} is in other use: it has no metrics.jsonl of a run")
+    if rank == 0 and not args.job.dry_run:
+        stack.enter_context(locked(folder))  # from here on no other run adds a checkpoint
+    checkpoint = newest_checkpoint(folder, cpu_group)
     state = {"step": 0, "sums": zero_sums(device).tolist()}
-    was = settings  # of a fresh start: this very dict, which always equals itself
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        was = state["settings"]
+        # Now all but the data, whose reading takes a while: its digest is not in settings yet.
+        check_same(state["settings"], state["settings"] | settings, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
-    # All but the data, as if it were what it was: to read it takes a while.
-    check_same(was, was | settings, args.output_dir)
     pairs_said = pairs.check(cpu_group, global_batch)
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
-    check_same(was, settings, args.output_dir)
+    if checkpoint is not None:
+        check_same(state["settings"], settings, folder)
     if held_out is not None:
-        # Each rank needs one to measure. The line is printed by report, below that of the pairs.
+        # Each rank needs one to measure. What is said here is printed by report.
         pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}"
-
     pipe = load_frozen(args, device)
     transformer = load_trainable(base, weights, training, device)
     check_size(pipe, transformer, resolution=args.data.resolution)
     if args.job.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(training, trained(transformer), checkpoint)
-    lr_factor = make_lr_factor(training, optimizer)
     uncond = encode_prompts(pipe, [""] * training.train_batch_size, training.max_sequence_length)
     side = args.data.resolution // pipe.vae_scale_factor
-    shape = (transformer.config.in_channels, side, side)
     dist.barrier(cpu_group)  # a slow disk may take longer than nccl would wait for it
-    ddp = make_ddp(transformer)
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
-        rank, world_size, device, cpu_group, pairs, held_out, pairs_said, global_batch, settings,
-        state["step"], totals, pipe, transformer, ddp, optimizer, lr_factor, uncond, shape,
+        rank=rank, world_size=world_size, device=device, cpu_group=cpu_group, pairs=pairs,
+        held_out=held_out, pairs_said=pairs_said, global_batch=global_batch, settings=settings,
+        step=state["step"], totals=totals, pipe=pipe, transformer=transformer,
+        ddp=make_ddp(transformer), optimizer=optimizer, uncond=uncond,
+        lr_factor=make_lr_factor(training, optimizer),
+        latent_shape=(transformer.config.in_channels, side, side),
     )  # fmt: skip
 
 
@@ -864,8 +868,9 @@ def load_frozen(args: Args, device: torch.device) -> StableDiffusion3Pipeline:
 
 
 def warm_up(velocity: Velocity, run: Run, batch_size: int) -> None:
-    """DDP rebuilds its buckets once, after its first backward. Have that behind us: else the first
-    step after each start, and so a resumed run, would add gradients in another order."""
+    """DDP rebuilds its buckets once, in the first forward after a backward. Have that behind us:
+    else the first step after each start, and so a resumed run, would add gradients in another
+    order."""
     z = torch.zeros(batch_size, *run.latent_shape, device=run.device)
     sigma = torch.ones(batch_size, device=run.device)
     for _ in range(2):
@@ -881,30 +886,29 @@ def report(args: Args, run: Run) -> None:
     split = f"{training.gradient_accumulation_steps} x {training.train_batch_size}"
     size = sum(x.numel() for x in trained(run.transformer).values())
     each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
-    kept = math.ceil(steps / args.job.checkpointing_steps)
-    kept = min(kept, (args.job.checkpoints_total_limit or kept) + 1)  # a new one comes first
-    needed = each * max(kept - len(checkpoints(folder)), 1)
-    free = free_bytes(folder) / 1e9
-    print(f"""model        {args.pretrained_model_name_or_path}, transformer {args.transformer}
+    every, limit = args.job.checkpointing_steps, args.job.checkpoints_total_limit
+    to_come = sum(step > run.step for step in (*range(every, steps, every), steps))
+    if limit:  # one more than the limit for a while: the oldest goes when a new one is whole
+        to_come = min(to_come, max(limit + 1 - len(checkpoints(folder)), 1))
+    needed = each * to_come
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    tempfile.TemporaryFile(dir=place).close()  # a trial, which leaves nothing
+    free = shutil.disk_usage(place).free / 1e9
+    print(
+        f"""model        {args.pretrained_model_name_or_path}, transformer {args.transformer}
 trained      {size / 1e6:,.1f} M parameters
 pairs        {run.pairs_said}
 captions     {cut} of {len(captions)} are cut at {length} tokens; {len(set(captions))} are different
 global batch {run.global_batch} = {run.world_size} processes x {split}
 steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch
-written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB are free
-""", end="", flush=True)
+written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB free""",
+        flush=True,
+    )
     if free < needed:
         raise OSError(
             f"--output_dir {folder}: {needed:.2f} GB are needed, {free:.2f} are free: make room, or"
             " give --checkpoints_total_limit"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Where folder is or will be. Raises OSError: nothing can be written there."""
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    tempfile.TemporaryFile(dir=place).close()
-    return shutil.disk_usage(place).free
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -926,7 +930,8 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
-    # A rank's losses are world_size times its part, see above: their mean over ranks is the loss.
+    # A rank's losses are world_size times its part, see above, so the loss is their mean over the
+    # ranks: each counts 1, and sums over ranks are divided by these counts.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, micros, sums)
@@ -945,12 +950,12 @@ def encode(batch: Batch, run: Run, max_sequence_length: int) -> tuple[Tensor, di
 
 
 def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
-    """Clip the gradients and move the weights. Raises FloatingPointError: the loss or the gradient
-    is not finite; no weight was changed."""
+    """Clip the gradients, write their norm to sums and move the weights. Raises FloatingPointError:
+    the loss or the gradient is not finite; no weight was changed."""
     training, step = args.training, run.step + 1
     parameters = list(trained(run.transformer).values())
     norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-    # DDP has averaged the gradients, so all ranks have the same norm: it is not reduced.
+    # DDP has averaged the gradients, so all ranks have the same norm, which is counted once.
     sums[METRICS.index("grad_norm")] = torch.stack([norm, torch.ones_like(norm)]).double()
     if not sums.isfinite().all():  # the host waits here for the device, once a step
         indices = step_indices(len(run.pairs), run.global_batch, training.seed, step)
@@ -968,8 +973,9 @@ def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
-    # autocast keeps the bf16 copies of the weights until the outermost context ends: with this one
-    # around velocity's own they are made once, and not for every term.
+    # This context does nothing but be the outermost: velocity's own, inside it, switches bf16 on.
+    # autocast keeps its bf16 copies of the weights until the outermost one ends, so they are made
+    # once, and not for every term. (The base term comes first, so they have a graph.)
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
@@ -980,16 +986,17 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
             del term  # or what its graph still holds would be there during the next forward
 
 
-def validate(args: Args, run: Run, texts: list[str]) -> None:
+def validate(args: Args, run: Run, prompts: list[dict]) -> None:
     """Write an image for each prompt, which the ranks share out, to a folder in output_dir: from
     the noise that sample.py has for a prompt's first image and --seed."""
     training = args.training
     folder = args.output_dir / f"validation-{run.step:06d}"
     folder.mkdir(exist_ok=True)
     uncond = {key: x[:1] for key, x in run.uncond.items()}
-    for i in range(run.rank, len(texts), run.world_size):
-        noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, texts[i], 0))
-        cond = encode_prompts(run.pipe, [texts[i]], training.max_sequence_length)
+    for i in range(run.rank, len(prompts), run.world_size):
+        text = prompts[i]["prompt"]
+        noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, text, 0))
+        cond = encode_prompts(run.pipe, [text], training.max_sequence_length)
         with (
             torch.autocast(run.device.type, torch.bfloat16, enabled=training.bf16),
             torch.compiler.set_stance("force_eager"),  # no graphs for shapes that come up here only
@@ -1007,12 +1014,13 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # Shares in one piece; those of check() were strided. So most rows read here were digested by
-    # another rank, and reading fails where two nodes have different data.
+    # A rank's share is in one piece, where check() took every n-th row: so most of its rows were
+    # digested by other ranks, and reading them fails if its node has other data.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
-        keys = [("held out", pairs.rows[i]) for i in part]
-        batch = read_batch(pairs, part, run.latent_shape, args, keys)
+        indices = part.tolist()
+        keys = [("held out", pairs.rows[i]) for i in indices]
+        batch = read_batch(pairs, indices, run.latent_shape, args, keys)
         z0, cond, draws = encode(batch, run, training.max_sequence_length)
         for k, level in enumerate(SIGMAS):
             sigma = torch.full_like(draws.t, level)
@@ -1020,8 +1028,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
                 sums[k] += sft_loss(velocity, z0, draws.z1, sigma, cond).sum()
     dist.all_reduce(sums)
     errors = (sums / len(pairs)).tolist()
-    line = {f"held_out_{level}": error for level, error in zip(SIGMAS, errors)}
-    return {"step": run.step, "held_out": statistics.mean(errors)} | line
+    by_level = {f"held_out_{level}": error for level, error in zip(SIGMAS, errors)}
+    return {"step": run.step, "held_out": statistics.mean(errors), **by_level}
 
 
 def save(args: Args, run: Run) -> None:
@@ -1039,8 +1047,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     the log and the lock, also after an error."""
     training, job, steps = args.training, args.job, args.training.max_train_steps
     prompts = read_prompts(job.validation_prompts) if job.validation_prompts else []
-    texts = [row["prompt"] for row in prompts]
-    run = set_up(args)
+    run = set_up(args, stack)
     if job.compile:
         compile_blocks(run.transformer)
     velocity = make_velocity(run.ddp, run.device, training.bf16)
@@ -1056,11 +1063,14 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
                 f" {steps * run.seconds[-1] / 3600:.2f} hours for {steps} such steps"
             )
         return
+
+    def due() -> bool:  # the validation, before the next step
+        return run.step == steps or run.step % job.validation_steps == 0
+
     noted = note_signals()
     log = None
     if run.rank == 0:
-        stack.enter_context(locked(args.output_dir))
-        log = Log(args.output_dir, run.step)
+        log = Log(args.output_dir, run.step, run.held_out is not None and due())
         stack.callback(log.writer.close)
     dist.barrier(run.cpu_group)
     wait_for(args.output_dir / "metrics.jsonl")
@@ -1068,17 +1078,16 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     stop_signal = 0
 
     while not stop_signal:
-        last = run.step == steps
-        # Before the next step, not at the end of one: a run that was killed while it validates, or
-        # was stopped before, goes on from this step and validates then.
-        if last or run.step % job.validation_steps == 0:
-            if texts:
-                validate(args, run, texts)
+        # A step is saved first and validated then, here: a run that ends in between goes on from
+        # this step, and validates it.
+        if due():
+            if prompts:
+                validate(args, run, prompts)
             if run.held_out:
                 line = held_out_errors(args, run, velocity)
                 if log:
                     log.write(line)
-        if last:
+        if run.step == steps:
             break
 
         training_step(args, run, velocity, batches)
@@ -1093,21 +1102,21 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
             save(args, run)
 
     bar.close()
-    said = f"complete; to see it: python sample.py --transformer {args.output_dir} ..."
-    if stop_signal:
-        said = f"stopped by {signal.Signals(stop_signal).name}; the same command goes on"
+    ended = f"stopped by {signal.Signals(stop_signal).name}" if stop_signal else "complete"
     if run.rank == 0:
-        print(f"{args.output_dir}: step {run.step} of {steps} is saved; {said}", flush=True)
+        print(f"{args.output_dir}: step {run.step} of {steps} is saved; {ended}", flush=True)
 
 
 def metrics_line(run: Run) -> dict[str, float]:
-    """The METRICS since the last line, the seconds of a step, and this GPU's peak of memory since
-    its start. Starts the next sums."""
-    line = {"step": run.step} | means(run.totals)
-    line |= {"lr": run.optimizer.param_groups[0]["lr"]}
-    line |= {"step_seconds": statistics.mean(run.seconds)}
-    if run.device.type == "cuda":
-        line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    """The METRICS since the last line, the seconds of a step, and this rank's peak of GPU memory
+    since its start. Starts the next sums."""
+    line = {
+        "step": run.step,
+        **means(run.totals),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "step_seconds": statistics.mean(run.seconds),
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
     run.totals.zero_()
     run.seconds.clear()
     return line
@@ -1116,9 +1125,9 @@ def metrics_line(run: Run) -> dict[str, float]:
 def main(args: Args) -> None:
     with contextlib.ExitStack() as stack:
         train(args, stack)
-    # Only now, with train's frame gone and DDP with it. If DDP held the last reference to the
-    # group, it would wait for gloo's threads while it holds the interpreter's lock, and they for
-    # that lock (seen with torch 2.13).
+    # After train, whose end freed DDP. Destroyed before, the group would live on in DDP alone, and
+    # end with it: its end waits for gloo's threads with Python's lock (GIL) in hand, and they wait
+    # for that lock. Seen with torch 2.13.
     dist.destroy_process_group()
 
 
