@@ -484,6 +484,7 @@ def onetrainer(checkout: Path, dtype: torch.dtype) -> Trainer:
     config.timestep_shift, config.loss_scaler = 3.0, LossScaler.BATCH
     latents, noise = latents_and_noise(BATCH, 16, 8, 8, dtype=dtype)
     batch = {"latent_image": latents, "loss_weight": torch.tensor([1.0, 3.0])}
+    batch["concept_type"] = ["STANDARD"] * BATCH
     widths = (768, 1280, 4096)
     for i, width in enumerate(widths):
         batch[f"text_encoder_{i + 1}_hidden_state"] = randn(2 + i, BATCH, 5, width).to(dtype)

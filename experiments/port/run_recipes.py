@@ -67,7 +67,8 @@ def edited(script: str, heading: str, *, self_test: bool) -> str:
     script = script.replace(BEFORE, textwrap.indent(shared + before, " " * 4) + BEFORE)
     start, end = script.index(FIRST), script.index(LAST)
     if self_test:
-        (check,) = PAGE["Their self-test"]
+        check = "sigmas, noise, weighting = timesteps / 1000, pack(noise), loss_weights\n"
+        check += PAGE["The self-test"][0]
         return script[:end] + textwrap.indent(inside + check, " " * 16) + script[end:]
     recipe = textwrap.indent(inside + loop, " " * 16)
     return script[:start] + recipe + script[end + len(LAST) :]
