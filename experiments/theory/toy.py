@@ -12,6 +12,9 @@ compared with samples of the true law of their class:
     distance  sliced Wasserstein-1; the table's last row is that of two samples of the true law
     std       within modes (samples go to the nearer mode of their class), over the data's
     radius    mean distance from the origin over the data's: guidance overshoots it
+
+And by level of noise, on states of the true law: the squared error of the velocity against the true
+one, with the class as condition and without one.
 """
 
 import copy
@@ -34,6 +37,7 @@ EMPTY = CLASSES
 RADIUS, HALF_ANGLE, MODE_STD = 1.5, 0.5, 0.25
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 MEASURES = ("distance", "std", "radius")
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)  # sigma
 STEP_UNITS = 22  # a SOAR step's, in forwards; see the README
 
 
@@ -110,6 +114,20 @@ def data(classes: Tensor, generator: torch.Generator) -> Tensor:
     which = torch.randint(2, classes.shape, generator=generator)
     centers = modes_of(classes)[torch.arange(len(classes)), which]
     return centers + MODE_STD * torch.randn(centers.shape, generator=generator)
+
+
+def true_velocity(z: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+    """E[z1 - z0 | z] (B, 2), of a Gaussian mixture: of a class's modes, or for EMPTY of all."""
+    centers = modes_of(torch.arange(CLASSES)).flatten(0, 1)
+    left_out = classes[:, None] != torch.arange(CLASSES).repeat_interleave(2)
+    left_out &= (classes != EMPTY)[:, None]
+    sigma = sigma[:, None]
+    variance = ((1 - sigma) * MODE_STD) ** 2 + sigma**2
+    away = z[:, None] - (1 - sigma[..., None]) * centers  # (B, mode, 2)
+    log_odds = -away.square().sum(2) / (2 * variance)
+    odds = log_odds.masked_fill(left_out, -math.inf).softmax(1)
+    slope = (sigma - (1 - sigma) * MODE_STD**2) / variance
+    return (odds[..., None] * (slope[..., None] * away - centers)).sum(1)
 
 
 class Model(nn.Module):
@@ -208,12 +226,32 @@ def evaluate(model: Model, seed: int, args: Args) -> tuple[list[float], list[lis
     return floor, [measure(x, classes, reference) for x in samples]
 
 
+@torch.no_grad()
+def errors(model: Callable, seed: int, args: Args) -> list[list[float]]:
+    """By level: the squared error of the velocity with the class, and without a condition."""
+    generator = generator_of(seed, 5)
+    classes = torch.arange(CLASSES).repeat_interleave(args.samples)
+    z0 = data(classes, generator)
+    z1 = torch.randn(z0.shape, generator=generator)
+    found = []
+    for level in LEVELS:
+        z, sigma = (1 - level) * z0 + level * z1, torch.full_like(z0[:, 0], level)
+        pair = []
+        for cond in (classes, torch.full_like(classes, EMPTY)):
+            wrong = model(z, sigma, cond) - true_velocity(z, sigma, cond)
+            pair.append(round(float(wrong.square().sum(1).mean()), 6))
+        found.append(pair)
+    return found
+
+
 def run(args: Args) -> dict:
-    """{"settings", "true law": MEASURES by seed, arm: MEASURES by seed and guidance}."""
+    """{"settings", "true law": MEASURES by seed, arm: MEASURES by seed and guidance, "errors": by
+    arm, seed and level}."""
     settings = {"seeds": list(args.seeds)}
     for name in ("pretrain_steps", "steps", "batch_size", "learning_rate", "samples"):
         settings[name] = getattr(args, name)
     result = {"settings": settings, "true law": []} | {name: [] for name in args.arms}
+    result["errors"] = {name: [] for name in args.arms}
     for seed in args.seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -225,6 +263,7 @@ def run(args: Args) -> dict:
             trained = train(base, arm, steps, seed, 2, args) if arm.units else base
             floor, rows = evaluate(trained, seed, args)
             result[name].append(rows)
+            result["errors"][name].append(errors(trained, seed, args))
             print(f"seed {seed}, {name}: distance {rows[0][0]:.3f} at guidance 1", flush=True)
         result["true law"].append(floor)
     return result
@@ -262,6 +301,23 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def errors_table(result: dict) -> str:
+    """Markdown: SFT's errors, times 1000, and the other arms' differences from it, over seeds."""
+    lines = ["| arm | condition | " + " | ".join(f"sigma {x}" for x in LEVELS) + " |"]
+    lines.append("| --- | --- " + "| ---: " * len(LEVELS) + "|")
+    for name in (x for x in MAIN if x in result):
+        for i, condition in enumerate(("class", "none")):
+            values = 1000 * np.array(result["errors"][name])[:, :, i]
+            label = ARMS[name].label
+            if name != "sft":
+                label += ", minus SFT"
+                values -= 1000 * np.array(result["errors"]["sft"])[:, :, i]
+            cells = [f"{x.mean():.1f} ± {x.std(ddof=1) / math.sqrt(len(x)):.1f}" for x in values.T]
+            lines.append("| " + " | ".join([label, condition, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+MAIN = ("sft", "base", "sft_steps", "soar", "no_rollout", "n1", "n1_steps", "w1", "k20", "k100")
 PAIRS = (
     ("soar", "sft"), ("no_rollout", "sft"), ("soar", "no_rollout"), ("sft_steps", "soar"),
     ("n1", "soar"), ("n1_steps", "soar"),
@@ -301,7 +357,7 @@ def figure(result: dict, path: Path) -> None:
 
 def main(args: Args) -> None:
     result = json.loads(args.show.read_text()) if args.show else run(args)
-    print(table(result), pairs(result), sep="\n", end="")
+    print(table(result), pairs(result), errors_table(result), sep="\n", end="")
     if args.show is None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f'"{name}": {json.dumps(x)}' for name, x in result.items())

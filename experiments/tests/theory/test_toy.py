@@ -41,23 +41,16 @@ def gradients(model, losses):
 
 
 def test_sampling_the_exact_velocity_gives_the_true_law_at_guidance_1_and_a_wider_one_does_not():
-    """The exact velocity of two Gaussians per class, in closed form."""
-
-    def velocity(z, sigma, classes):
-        centers = (1 - sigma[:, None, None]) * toy.modes_of(classes)
-        variance = (((1 - sigma) * MODE_STD) ** 2 + sigma**2)[:, None, None]
-        off = z[:, None] - centers
-        chance = torch.softmax(-(off**2).sum(2) / variance[..., 0] / 2, 1)[..., None]
-        slope = (sigma - (1 - sigma) * MODE_STD**2)[:, None, None] / variance
-        return (chance * (slope * off - toy.modes_of(classes))).sum(1)
-
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(CLASSES).repeat_interleave(1000)
     reference, z1 = data(classes, generator), torch.randn(4000, 2, generator=generator)
-    samples = toy.sample(velocity, classes, 1.0, z1, 200)
+    samples = toy.sample(toy.true_velocity, classes, 1.0, z1, 200)
     apart, std, radius = toy.measure(samples, classes, reference)
     assert apart < 0.06 and std == pytest.approx(1, abs=0.05)
     assert radius == pytest.approx(1, abs=0.02)
+    empty = torch.full_like(classes, EMPTY)
+    samples = toy.sample(toy.true_velocity, empty, 1.0, z1, 200)
+    assert distance(samples, reference) < 0.06 < distance(samples[:1000], reference[:1000])
     wide = reference + MODE_STD * torch.randn(reference.shape, generator=generator)
     assert toy.measure(wide, classes, reference)[1] == pytest.approx(math.sqrt(2), abs=0.05)
     apart, _, radius = toy.measure(1.5 * reference, classes, reference)
@@ -87,6 +80,13 @@ def test_expected_loss_and_gradient_depend_on_lambda_times_n_alone():
     torch.testing.assert_close(parts.mean(0), gradients(model, whole), rtol=1e-4, atol=1e-6)
 
 
+def test_errors_are_squared_distances_to_the_true_velocity_by_level_and_condition():
+    off = lambda z, sigma, c: sigma[:, None] * (1 + (c == EMPTY)[:, None])  # noqa: E731
+    model = lambda *x: toy.true_velocity(*x) + off(*x)  # noqa: E731
+    expected = [[2 * level**2, 2 * (2 * level) ** 2] for level in toy.LEVELS]
+    assert np.allclose(toy.errors(model, 0, TINY), expected, atol=1e-5)
+
+
 def test_guidance_moves_away_from_the_empty_condition():
     """Of velocities 1 with a class and 0 without, guidance w leads from z1 to z1 - w."""
 
@@ -107,6 +107,7 @@ def test_arms_of_equal_compute_take_as_many_steps_as_soars_500_pay_for(monkeypat
 
     monkeypatch.setattr(toy, "train", train)
     monkeypatch.setattr(toy, "evaluate", lambda *_: ([0.0] * 3, [[0.0] * 3]))
+    monkeypatch.setattr(toy, "errors", lambda *_: [])
     toy.run(Args(arms=("soar", "n1_steps", "sft_steps"), seeds=(0, 1)))
     assert taken == 2 * [6000, 500, 500 * 22 // 7, 500 * 22 // 3]
 
@@ -129,7 +130,7 @@ def test_the_pages_tables_are_those_of_the_results():
     result = json.loads((ROOT / "experiments/theory/results/toy.json").read_text())
     page = (ROOT / "experiments/theory/optimum.md").read_text()
     assert result["settings"]["seeds"] == [0, 1, 2, 3, 4] and set(ARMS) <= set(result)
-    assert toy.table(result) in page and toy.pairs(result) in page
+    assert all(x(result) in page for x in (toy.table, toy.pairs, toy.errors_table))
     nearest = {name: np.mean(result[name], 0)[:, 0].argmin() for name in ARMS}
     assert set(nearest.values()) == {0}  # all at guidance 1, as the page says
 
