@@ -1,4 +1,4 @@
-"""A command of another program, and an environment to run it in: for experiments that need those.
+"""What experiments share: a command of another program, an environment to run it in, a table.
 
 Nothing is downloaded but packages: what runs is told to be offline, and sees no GPU.
 """
@@ -22,6 +22,12 @@ def run(*words: object) -> str:
         said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}".strip()
         raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}:\n{said}")
     return done.stdout
+
+
+def markdown(lines: list[list[str]], names: int = 1) -> str:
+    """A table of cells, its head first; the first columns are names, the others numbers."""
+    rule = ["---"] * names + ["---:"] * (len(lines[0]) - names)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [lines[0], rule, *lines[1:]])
 
 
 def environment(folder: Path, pins: tuple[str, ...], *, with_ours: bool = False) -> Path:

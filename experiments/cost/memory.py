@@ -35,6 +35,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 import soar
 import train
 from experiments.cost.rehearsal import empty_model, parts, write_tokenizers
+from experiments.environment import markdown
 from sample import encode_images, encode_prompts, seeded
 from soar import SoarConfig, draw, soar_terms
 
@@ -229,12 +230,10 @@ def hours(forward: float) -> dict[str, float]:
 
 
 def as_table(memory: dict[str, dict[str, int]]) -> str:
-    """Markdown."""
-    lines = ["| GB per GPU | flags |", "| ---: | --- |"]
+    lines = [["flags", "GB per GPU"]]
     for flags, row in memory.items():
-        shown = re.sub("--.*", r"`\g<0>`", flags)
-        lines.append(f"| {row['total'] / 1e9:.1f} | {shown} |")
-    return "\n".join(lines) + "\n"
+        lines.append([re.sub("--.*", r"`\g<0>`", flags), f"{row['total'] / 1e9:.1f}"])
+    return markdown(lines)
 
 
 def fit() -> dict:

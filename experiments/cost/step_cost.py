@@ -48,6 +48,7 @@ import soar
 import train
 from experiments.cost import memory
 from experiments.cost.rehearsal import ROOT, TRANSFORMER
+from experiments.environment import markdown
 from sample import init_distributed, save_whole, seeded
 
 RESULTS = Path(__file__).parent / "results"
@@ -289,15 +290,14 @@ def table(args: Args, device: torch.device) -> dict:
 
 
 def as_table(made: dict) -> str:
-    """Markdown."""
-    lines = ["| a step | s | x SFT | units | peak GB |", "| --- |" + " ---: |" * 4]
+    lines = [["a step", "s", "x SFT", "units", "peak GB"]]
     sft = made["ways"]["SFT"]["seconds"]
     for name, row in made["ways"].items():
         ratio = statistics.median(a / b for a, b in zip(row["seconds"], sft))
         cells = [name, f"{statistics.median(row['seconds']):.2f}", f"{ratio:.2f}"]
         cells += [f"{row['forward_units']:.2f}", f"{(row['bytes'] or math.nan) / 1e9:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(lines)
 
 
 # --- Between two steps --------------------------------------------------------------------------

@@ -46,9 +46,6 @@ REFIT_SCENES, REFIT_STEPS = 8000, 400
 SCORED, SCORED_PROMPTS = ("2000-refit", "2000-0"), 600  # groups, in this order
 FIRST = "2000-vae"  # a group: pairs of the training set and their latents' noise
 SETTING = sft_vs_soar.QUICK
-# What a setting also held when runs were first made, and what their files say of it.
-ONCE = {"curve_arms": ["sft", "soar"], "curve_seeds": 1, "curve_prompts": 240, "base": True}
-ONCE |= {"curve": [0.25, 0.5, 0.75], "diverse_prompts": 6, "unguided": 60, "drift_pairs": 24}
 LAWS = ("drawn", "mean")
 
 
@@ -230,16 +227,9 @@ def base_of(folder: Path, job: Job) -> Path | None:
 
 def settings_of(job: Job) -> dict:
     arm = ARMS.get(job.arm)
-    own = {}
-    if arm:
-        own = {key: str(x) for key, x in vars(arm.config).items()} | {"steps": arm.steps}
-    counts = [PAIRS, SLOPE_PAIRS, WALKED_PAIRS, 24]
-    shared = {"setting": dataclasses.asdict(SETTING) | ONCE, "levels": LEVELS, "counts": counts}
-    return json.loads(json.dumps({"job": job._asdict(), "arm": own, **shared}))
-
-
-def score_settings_of(job: Job) -> dict:
-    return settings_of(job) | {"prompts": SCORED_PROMPTS}
+    counts = [PAIRS, WALKED_PAIRS, SCORED_PROMPTS]
+    shared = {"setting": dataclasses.asdict(SETTING), "levels": LEVELS, "counts": counts}
+    return json.loads(json.dumps({"job": job._asdict(), "arm": str(arm), **shared}))
 
 
 def run(folder: Path, job: Job) -> float:
@@ -271,7 +261,7 @@ def score(folder: Path, job: Job) -> float:
         found = sft_vs_soar.correct(shared(folder)[0], model, SCORED_PROMPTS, 1, job.seed)
         return {"correct": [bool(x) for (x,) in found]}
 
-    return keep(folder / f"{job.name}-score.json", score_settings_of(job), judge)
+    return keep(folder / f"{job.name}-score.json", settings_of(job), judge)
 
 
 def main(

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from experiments.environment import markdown
 from experiments.shapes import levels
 from experiments.shapes.levels import ARMS, FIRST, GUIDANCES, LAWS, LEVELS, STARTS, Pairs
 from experiments.shapes.sft_vs_soar import (
@@ -20,7 +21,6 @@ from experiments.shapes.sft_vs_soar import (
     World,
     finished,
     load_base,
-    markdown,
     paired_over_seeds,
     percent,
     points,
@@ -91,7 +91,7 @@ def collect(folder: Path) -> dict:
             found[job.group][job.arm][job.seed] = result
             commits.append(result["commit"])
         path = folder / f"{job.name}-score.json"
-        if result := finished(path, levels.score_settings_of(job)):
+        if result := finished(path, levels.settings_of(job)):
             scores[job.group][job.arm][job.seed] = np.array(result["correct"], float)
     if "base" not in found[FIRST]:
         raise ValueError(f"{folder}: no base run is finished; leave out --collect")

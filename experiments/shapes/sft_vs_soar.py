@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.environment import markdown
 from experiments.shapes.detect import score_image
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
 from sample import (
@@ -380,12 +381,6 @@ def table(result: dict) -> str:
         cells = [row["label"], f"{row['compute']:.1f}", str(len(seeds)), percent(seeds)]
         lines.append(cells + [points(row.get(f"minus_{other}")) for other in others])
     return markdown(lines)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table of cells, its head first."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [lines[0], rule, *lines[1:]])
 
 
 def percent(by_seed: list[float]) -> str:

@@ -30,6 +30,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from experiments.environment import markdown
 from soar import (
     SoarConfig,
     correction_target,
@@ -306,10 +307,6 @@ def solve(
 # --- Table, figure ---
 
 
-def line_of(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def optimum(
     config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
     caption_dropout: bool = False,
@@ -362,12 +359,10 @@ def swept(label: str, data_std: float) -> list[float]:
 
 
 def table(made: dict) -> str:
-    """Markdown."""
-    lines = [line_of(["setting", *COLUMNS]), "| --- " + "| ---: " * len(COLUMNS) + "|"]
+    lines = [["setting", *COLUMNS]]
     for label, rows in made.items():
-        cells = [" / ".join(f"{x:.2f}" for x in column) for column in zip(*rows)]
-        lines.append(line_of([label, *cells]))
-    return "\n".join(lines) + "\n"
+        lines.append([label, *(" / ".join(f"{x:.2f}" for x in column) for column in zip(*rows))])
+    return markdown(lines)
 
 
 def figure(path: Path) -> None:
@@ -427,14 +422,13 @@ def predicted(noises: list[float], guidance: float) -> Tensor:
 
 
 def levels_table(noises: list[float]) -> str:
-    """Markdown: the optimum minus the exact flow."""
-    lines = [line_of(["rollout", "change of", *(f"{level:g}" for level in LEVELS)])]
-    lines.append("| --- | --- " + "| ---: " * len(LEVELS) + "|")
+    """The optimum minus the exact flow."""
+    lines = [["rollout", "change of", *(f"{level:g}" for level in LEVELS)]]
     for guidance in (1.0, 4.5):
         names = ("error, drawn", "error, means", "slope")
         for name, row in zip(names, predicted(noises, guidance).tolist()):
-            lines.append(line_of([f"w = {guidance:g}", name, *(f"{x:+.4f}" for x in row)]))
-    return "\n".join(lines) + "\n"
+            lines.append([f"w = {guidance:g}", name, *(f"{x:+.4f}" for x in row)])
+    return markdown(lines, names=2)
 
 
 def read_noises(file: Path) -> list[float]:

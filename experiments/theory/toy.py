@@ -1,7 +1,6 @@
 """SOAR against SFT with networks, where the true law is known: two dimensions, four classes.
 
     python -m experiments.theory.toy         # half an hour of one core; --arms, --seeds: a part
-    python -m experiments.theory.toy --show experiments/theory/results/toy.json   # the tables
 
 Each class has two Gaussian modes. A small MLP is trained by flow matching, a tenth of its
 conditions empty; from these weights each arm trains on, on fresh samples of the same law, with the
@@ -30,6 +29,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from experiments.environment import markdown
 from soar import SoarConfig, draw, guided_velocity, sigma_from_t, soar_terms
 
 CLASSES = 4
@@ -86,8 +86,6 @@ class Args:
     """Per class and guidance."""
     output_dir: Path = Path("output/toy")
     """toy.json and toy.png are written here."""
-    show: Path | None = None
-    """Print the tables of this toy.json, and train nothing."""
 
     def __post_init__(self):
         unknown = sorted(set(self.arms) - set(ARMS))
@@ -284,9 +282,7 @@ def mean_error(x: np.ndarray) -> str:
 
 
 def table(result: dict) -> str:
-    """Markdown."""
-    lines = ["| arm | compute | distance at 1 | at 4.5 | std at 1 / 4.5 | radius at 4.5 |"]
-    lines.append("| --- " + "| ---: " * 5 + "|")
+    lines = [["arm", "compute", "distance at 1", "at 4.5", "std at 1 / 4.5", "radius at 4.5"]]
     for name in (x for x in ARMS if x in result):
         arm = ARMS[name]
         units = STEP_UNITS if arm.equal_compute else arm.units
@@ -295,16 +291,16 @@ def table(result: dict) -> str:
         stds = [f"{column(result, name, 'std', w).mean():.2f}" for w in (1.0, 4.5)]
         cells.append(" / ".join(stds))
         cells.append(f"{column(result, name, 'radius', 4.5).mean():.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     floor, std, radius = np.mean(result["true law"], axis=0)
-    lines.append(f"| the true law, other samples |  | {floor:.3f} |  | {std:.2f} | {radius:.2f} |")
-    return "\n".join(lines) + "\n"
+    cells = [f"{floor:.3f}", "", f"{std:.2f}", f"{radius:.2f}"]
+    lines.append(["the true law, other samples", "", *cells])
+    return markdown(lines)
 
 
 def errors_table(result: dict) -> str:
-    """Markdown: SFT's errors, times 1000, and the other arms' differences from it, over seeds."""
-    lines = ["| arm | condition | " + " | ".join(f"sigma {x}" for x in LEVELS) + " |"]
-    lines.append("| --- | --- " + "| ---: " * len(LEVELS) + "|")
+    """SFT's errors, times 1000, and the other arms' differences from it, over seeds."""
+    lines = [["arm", "condition", *(f"sigma {x}" for x in LEVELS)]]
     for name in (x for x in MAIN if x in result):
         for i, condition in enumerate(("class", "none")):
             values = 1000 * np.array(result["errors"][name])[:, :, i]
@@ -313,8 +309,8 @@ def errors_table(result: dict) -> str:
                 label += ", minus SFT"
                 values -= 1000 * np.array(result["errors"]["sft"])[:, :, i]
             cells = [f"{x.mean():.1f} ± {x.std(ddof=1) / math.sqrt(len(x)):.1f}" for x in values.T]
-            lines.append("| " + " | ".join([label, condition, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([label, condition, *cells])
+    return markdown(lines, names=2)
 
 
 MAIN = ("sft", "base", "sft_steps", "soar", "no_rollout", "n1", "n1_steps", "w1", "k20", "k100")
@@ -325,15 +321,15 @@ PAIRS = (
 
 
 def pairs(result: dict) -> str:
-    """Markdown: differences of two arms' distances, paired over seeds."""
-    lines = ["| distance of | minus that of | at 1 | at 4.5 |", "| --- | --- | ---: | ---: |"]
+    """Differences of two arms' distances, paired over seeds."""
+    lines = [["distance of", "minus that of", "at 1", "at 4.5"]]
     for names in (x for x in PAIRS if set(x) <= set(result)):
         cells = [ARMS[name].label for name in names]
         for w in (1.0, 4.5):
             first, second = (column(result, name, "distance", w) for name in names)
             cells.append(mean_error(first - second))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(lines, names=2)
 
 
 def figure(result: dict, path: Path) -> None:
@@ -356,13 +352,11 @@ def figure(result: dict, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    result = json.loads(args.show.read_text()) if args.show else run(args)
+    result = run(args)
     print(table(result), pairs(result), errors_table(result), sep="\n", end="")
-    if args.show is None:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f'"{name}": {json.dumps(x)}' for name, x in result.items())
-        (args.output_dir / "toy.json").write_text(f"{{\n{lines}\n}}\n")
-        figure(result, args.output_dir / "toy.png")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "toy.json").write_text(json.dumps(result) + "\n")
+    figure(result, args.output_dir / "toy.png")
 
 
 if __name__ == "__main__":

@@ -115,19 +115,6 @@ def test_what_is_finished_is_kept_and_collected(few, tmp_path):
     assert f"| base | 0.0 | 1 | {change:+.1f} ± {half:.1f}" in text
 
 
-def test_settings_are_those_of_the_runs_that_are_there():
-    """A change of them makes finished runs unreadable."""
-    settings = levels.settings_of(Job("sft_7_3", 1, 64, None))
-    assert settings["arm"]["lambda_aux"] == "0.0"
-    assert settings["counts"] == [150, 24, 16, 24]
-    assert settings["setting"] == {
-        "arms": ["sft", "soar", "sft_steps"], "steps": 100, "prompts": 240, "images": 1, "seeds": 3,
-        "batch": 16, "learning_rate": 0.0003, "lr_scheduler": "linear", "lr_warmup_steps": 10,
-        "curve": [0.25, 0.5, 0.75], "curve_arms": ["sft", "soar"], "curve_seeds": 1,
-        "curve_prompts": 240, "unguided": 60, "drift_pairs": 24, "diverse_prompts": 6, "base": True,
-    }  # fmt: skip
-
-
 def test_slopes_are_those_of_a_linear_velocity(world):
     """v = a (z - (1 - sigma) mean) - mean, here with a = sigma."""
     pairs = levels.held_out(world, 3)
