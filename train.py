@@ -4,19 +4,23 @@
     torchrun --nproc_per_node 8 train.py --dataset my_images --output_dir output/sft --lambda_aux 0
 
 `python train.py` runs one process; --dry_run checks all data, takes two steps in memory, says what
-would run, and writes nothing. At SIGTERM, SIGINT or SIGUSR1 a run ends its step, saves a checkpoint
-and stops; that must be done within the 30 s that torchrun leaves its ranks (experiments/README.md,
-Signals: how to give them more). However a run ended, the same command goes on from its last
-checkpoint. The defaults are those of the published runs on subsets: 5,000 steps of 8 GPUs x 4
-images.
+would run, and writes nothing. The defaults are those of the published runs on subsets: 5,000 steps
+of 8 GPUs x 4 images.
 
-Written to output_dir: checkpoint-NNNNNN/ with transformer/ (with --lora_rank a LoRA file in its
-place), optimizer.safetensors and trainer_state.json; metrics.jsonl and tensorboard/, with errors
-also by quarter of sigma (quarter 1 is the cleanest), and in lines of their own the error on the
-pairs of --held_out, {"step": 500, "held_out": mean, "held_out_0.1": at sigma 0.1, ...};
-validation-NNNNNN/. A checkpoint gets its name once all of it is on the disk, so what has the name
-is whole. Every random number is a function of the seed and of what it is for, in training of (seed,
-step, sample): for the same global batch the number of GPUs changes only the order of sums.
+However a run ended, the same command goes on from its last checkpoint. At SIGTERM, SIGINT or
+SIGUSR1 it breaks off a validation, ends its step, saves a checkpoint and stops; torchrun leaves it
+30 s for that (experiments/README.md, Signals: how to give it more).
+
+Written to output_dir:
+- checkpoint-NNNNNN/: transformer/ (with --lora_rank a LoRA file in its place),
+  optimizer.safetensors, trainer_state.json. It gets this name once all of it is on the disk.
+- metrics.jsonl, and the same in tensorboard/: each --logging_steps a line of METRICS, where quarter
+  1 of sigma is the cleanest; with --held_out also {"step": 500, "held_out": mean, "held_out_0.1":
+  at sigma 0.1, ...}.
+- validation-NNNNNN/: an image for each of --validation_prompts.
+
+Every random number is a function of the seed and of what it is for, in training of (seed, step,
+sample): for the same global batch the number of GPUs changes only the order of sums.
 """
 
 import contextlib
@@ -131,9 +135,7 @@ class TrainingConfig:
     """Forwards per step and GPU; the global batch is the product of both and the GPUs."""
     max_train_steps: int = 5000
     learning_rate: float = 2e-5
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "polynomial"
-    ] = "constant"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Of diffusers.optimization.get_scheduler; all but constant warm up."""
     lr_warmup_steps: int = 0
     """Steps up to the full rate; the first has a share of it, not 0."""
@@ -153,7 +155,10 @@ class TrainingConfig:
     seed: int = 42
 
     def __post_init__(self):
-        check_numbers(self, ("lr_warmup_steps", "adam_weight_decay", "cond_dropout_rate", "seed"))
+        check_numbers(
+            self,
+            may_be_0=("lr_warmup_steps", "adam_weight_decay", "cond_dropout_rate", "seed"),
+        )
         if self.cond_dropout_rate > 1:
             raise ValueError(f"--cond_dropout_rate is {self.cond_dropout_rate}, expected 0 to 1")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
@@ -192,8 +197,9 @@ class JobConfig:
     validation_steps: int = 500
     """Steps between validations; there is one before the first step and one after the last."""
     held_out: str | None = None
-    """Pairs to measure on and not to train on, in a form that --dataset takes, with its columns and
-    --min: at each validation the model's error on all of them is a line of metrics."""
+    """A second data set, to measure on, in a form that --dataset takes, with its columns and --min:
+    at each validation the model's error on all of it is a line of metrics. How many of its pairs
+    are also in --dataset is said at the start."""
     dry_run: bool = False
     """Check all data, take two steps in memory, say what would run, and stop."""
 
@@ -284,12 +290,12 @@ def decode(content: bytes) -> Image.Image:
     colour profile is not for its pixels."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode[0] in "IF":
-        raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode}): convert it to 8")
+        raise ValueError("it has more than 8 bits: convert it to 8")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     # A colour profile is for one kind of pixels, and the image must have that first: L for a grey
     # image with a grey profile, CMYK, else RGB (a grey image may have an RGB profile).
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
-    if "icc_profile" in image.info:
+    if image.info.get("icc_profile"):  # a broken one is None
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
             kind = "L"
@@ -433,10 +439,10 @@ def step_indices(num_pairs: int, global_batch: int, seed: int, step: int) -> lis
 
 def batched(draws: list[Draws]) -> Draws:
     """Draws of one sample each, as one of all."""
-    # Where B is: z1 (B, C, h, w), t (B,), u (M, N, B), path_noise and path_z1 (M, B, C, h, w).
+    # Where B is: z1 (B, C, h, w), t (B,), u (M, N, B), path_noise, path_z1 (M - 1, B, C, h, w).
     axes = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)
     joined = []
-    for values, axis in zip(zip(*draws), axes):  # values: of one field, a sample's each
+    for values, axis in zip(zip(*draws), axes):  # values: of one field, of all samples
         joined.append(None if values[0] is None else torch.cat(values, axis))
     return Draws(*joined)
 
@@ -476,7 +482,7 @@ def read_batches(
         return batch
 
     keys = product(range(done + 1, training.max_train_steps + 1), range(num_micros))
-    # One whole step is ready, and each thread has one more batch in work.
+    # While a step runs, the next one is made, and one batch more for each thread.
     return in_threads(make, keys, threads, ahead=num_micros + threads)
 
 
@@ -491,8 +497,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 def load_trainable(
     name_or_path: str, weights: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer of the folder or LoRA file weights, else of the pipeline, on device. What is
-    trained is float32. Raises ValueError: the weights do not fit."""
+    """The transformer on device, what is trained in float32. weights: a transformer folder or LoRA
+    file; None: the pipeline's own. Without lora_rank a LoRA file is merged and all is trained; with
+    it that LoRA is. Raises ValueError: the weights do not fit."""
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
         for parameter in model.requires_grad_(True).parameters():
@@ -577,9 +584,8 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. The schedule is made for steps 0 to max_train_steps + 1, as its first
-    and last factor may be 0: steps 1 to max_train_steps have others.
-    Raises ValueError: polynomial at a rate under 1e-7."""
+    there is no state to save. A schedule may be 0 at its two ends: it is made one step longer than
+    the run, and starts at step 0, so that no step that is taken has the rate 0."""
     # Only its function is used. That it sets the optimizer's rate here is undone before each step.
     return get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
@@ -714,7 +720,7 @@ METRICS = (
 
 
 def zero_sums(device: torch.device) -> Tensor:
-    """(metric, 2) float64: sums and counts, whose ratios are the METRICS."""
+    """(metric, 2) float64: a sum and a count for each of METRICS, which is their ratio."""
     return torch.zeros(len(METRICS), 2, dtype=torch.float64, device=device)
 
 
@@ -727,10 +733,6 @@ def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
     sums[row] += errors.sum(0)
     quarter = (4 * term.sigma).long().clamp(max=3)
     sums.index_add_(0, row + 1 + quarter, errors)
-
-
-def means(sums: Tensor) -> dict[str, float]:
-    return {name: total / n for name, (total, n) in zip(METRICS, sums.tolist()) if n}
 
 
 class Log:
@@ -812,7 +814,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     global_batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
     settings = run_settings(args, weights, global_batch)
-    flags = vars(args.data) | vars(args.training) | vars(args.job)
+    flags = vars(args.data) | vars(args.training) | vars(args.job)  # SOAR's are in settings
     check_ranks_agree(flags | settings | {"output_dir": folder}, cpu_group)
     if visible(folder) and not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"--output_dir {folder} is in other use: it has no metrics.jsonl of a run")
@@ -822,7 +824,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     state = {"step": 0, "sums": zero_sums(device).tolist()}
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        # Now all but the data, whose reading takes a while: its digest is not in settings yet.
+        # All but the data, whose reading takes a while: their saved digest stands for the new one.
         check_same(state["settings"], state["settings"] | settings, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
@@ -831,8 +833,8 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     if checkpoint is not None:
         check_same(state["settings"], settings, folder)
     if held_out is not None:
-        # Each rank needs one to measure. What is said here is printed by report.
-        pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}"
+        pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}; "
+        pairs_said += f"{len({*held_out.digests} & {*pairs.digests})} also in --dataset"
     pipe = load_frozen(args, device)
     transformer = load_trainable(base, weights, training, device)
     check_size(pipe, transformer, resolution=args.data.resolution)
@@ -841,7 +843,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     optimizer = make_optimizer(training, trained(transformer), checkpoint)
     uncond = encode_prompts(pipe, [""] * training.train_batch_size, training.max_sequence_length)
     side = args.data.resolution // pipe.vae_scale_factor
-    dist.barrier(cpu_group)  # a slow disk may take longer than nccl would wait for it
+    dist.barrier(cpu_group)  # DDP is the first to use nccl, which would not wait for a slow disk
     totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
         rank=rank, world_size=world_size, device=device, cpu_group=cpu_group, pairs=pairs,
@@ -888,7 +890,7 @@ def report(args: Args, run: Run) -> None:
     each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
     every, limit = args.job.checkpointing_steps, args.job.checkpoints_total_limit
     to_come = sum(step > run.step for step in (*range(every, steps, every), steps))
-    if limit:  # one more than the limit for a while: the oldest goes when a new one is whole
+    if limit:  # at most limit + 1 at once, as the oldest goes when a new one is whole
         to_come = min(to_come, max(limit + 1 - len(checkpoints(folder)), 1))
     needed = each * to_come
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -906,8 +908,8 @@ written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {fre
     )
     if free < needed:
         raise OSError(
-            f"--output_dir {folder}: {needed:.2f} GB are needed, {free:.2f} are free: make room, or"
-            " give --checkpoints_total_limit"
+            f"--output_dir {folder} has no room for {needed:.2f} GB: make room, or give"
+            " --checkpoints_total_limit"
         )
 
 
@@ -930,8 +932,8 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
-    # A rank's losses are world_size times its part, see above, so the loss is their mean over the
-    # ranks: each counts 1, and sums over ranks are divided by these counts.
+    # A rank's loss is world_size times its part, see above. Each rank counts it once, so that the
+    # sum over ranks is divided by world_size.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, micros, sums)
@@ -973,9 +975,9 @@ def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
-    # This context does nothing but be the outermost: velocity's own, inside it, switches bf16 on.
-    # autocast keeps its bf16 copies of the weights until the outermost one ends, so they are made
-    # once, and not for every term. (The base term comes first, so they have a graph.)
+    # autocast keeps its bf16 copies of the weights until its outermost block ends. This block does
+    # no more than be that one (bf16 is switched on in velocity), so that the copies are made once
+    # and not for every term. They need a graph: the base term, which comes first, makes them.
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
@@ -986,14 +988,17 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
             del term  # or what its graph still holds would be there during the next forward
 
 
-def validate(args: Args, run: Run, prompts: list[dict]) -> None:
+def validate(args: Args, run: Run, prompts: list[dict], noted: list[int]) -> None:
     """Write an image for each prompt, which the ranks share out, to a folder in output_dir: from
-    the noise that sample.py has for a prompt's first image and --seed."""
+    the noise that sample.py has for a prompt's first image and --seed. Ends when a signal is noted.
+    """
     training = args.training
     folder = args.output_dir / f"validation-{run.step:06d}"
     folder.mkdir(exist_ok=True)
     uncond = {key: x[:1] for key, x in run.uncond.items()}
     for i in range(run.rank, len(prompts), run.world_size):
+        if noted:
+            return
         text = prompts[i]["prompt"]
         noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, text, 0))
         cond = encode_prompts(run.pipe, [text], training.max_sequence_length)
@@ -1014,8 +1019,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # A rank's share is in one piece, where check() took every n-th row: so most of its rows were
-    # digested by other ranks, and reading them fails if its node has other data.
+    # On purpose not the split of check(): most rows that a rank reads were digested by others, so
+    # that a node with other data is found.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         indices = part.tolist()
@@ -1024,7 +1029,7 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
         z0, cond, draws = encode(batch, run, training.max_sequence_length)
         for k, level in enumerate(SIGMAS):
             sigma = torch.full_like(draws.t, level)
-            with torch.compiler.set_stance("force_eager"):  # no graph for a last, smaller batch
+            with torch.compiler.set_stance("force_eager"):  # or a smaller last batch needs a graph
                 sums[k] += sft_loss(velocity, z0, draws.z1, sigma, cond).sum()
     dist.all_reduce(sums)
     errors = (sums / len(pairs)).tolist()
@@ -1070,7 +1075,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     noted = note_signals()
     log = None
     if run.rank == 0:
-        log = Log(args.output_dir, run.step, run.held_out is not None and due())
+        log = Log(args.output_dir, run.step, measured_again=run.held_out is not None and due())
         stack.callback(log.writer.close)
     dist.barrier(run.cpu_group)
     wait_for(args.output_dir / "metrics.jsonl")
@@ -1078,11 +1083,11 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     stop_signal = 0
 
     while not stop_signal:
-        # A step is saved first and validated then, here: a run that ends in between goes on from
-        # this step, and validates it.
+        # Where a step is a checkpoint, that was saved before it is validated here: a run that ends
+        # in between goes on from it, and validates it.
         if due():
             if prompts:
-                validate(args, run, prompts)
+                validate(args, run, prompts, noted)
             if run.held_out:
                 line = held_out_errors(args, run, velocity)
                 if log:
@@ -1104,7 +1109,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     bar.close()
     ended = f"stopped by {signal.Signals(stop_signal).name}" if stop_signal else "complete"
     if run.rank == 0:
-        print(f"{args.output_dir}: step {run.step} of {steps} is saved; {ended}", flush=True)
+        print(f"{args.output_dir}: step {run.step} of {steps} is saved; {ended}")
 
 
 def metrics_line(run: Run) -> dict[str, float]:
@@ -1112,7 +1117,7 @@ def metrics_line(run: Run) -> dict[str, float]:
     since its start. Starts the next sums."""
     line = {
         "step": run.step,
-        **means(run.totals),
+        **{name: total / n for name, (total, n) in zip(METRICS, run.totals.tolist()) if n},
         "lr": run.optimizer.param_groups[0]["lr"],
         "step_seconds": statistics.mean(run.seconds),
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -1125,9 +1130,9 @@ def metrics_line(run: Run) -> dict[str, float]:
 def main(args: Args) -> None:
     with contextlib.ExitStack() as stack:
         train(args, stack)
-    # After train, whose end freed DDP. Destroyed before, the group would live on in DDP alone, and
-    # end with it: its end waits for gloo's threads with Python's lock (GIL) in hand, and they wait
-    # for that lock. Seen with torch 2.13.
+    # Only now that train has returned and DDP is freed. If DDP held the last reference to the
+    # group, its destructor would join gloo's threads while it holds Python's lock (GIL), which they
+    # need: a deadlock, seen with torch 2.13.
     dist.destroy_process_group()
 
 
