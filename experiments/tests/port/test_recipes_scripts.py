@@ -10,21 +10,14 @@ import math
 import re
 import textwrap
 from types import SimpleNamespace
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Pipeline,
-    FluxPipeline,
-    QwenImagePipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    ZImagePipeline,
-)
-from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+    FlowMatchEulerDiscreteScheduler, Flux2Pipeline, FluxPipeline, QwenImagePipeline,
+    SD3Transformer2DModel, StableDiffusion3Pipeline, ZImagePipeline,
+)  # fmt: skip
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 import soar
@@ -97,7 +90,7 @@ class Script:
             accumulate=lambda *_: contextlib.nullcontext(),
         )  # fmt: skip
         module = dict(MODULE)
-        exec(compile(text, "script", "exec"), module)
+        exec(text, module)
         indices = torch.tensor([10, 950])  # a noisy and a clean level
         given = (accelerator, self.model, self.model_input, indices, self.scheduler)
         torch.manual_seed(101)  # not model_input's: the target would be 0
@@ -109,6 +102,20 @@ class Script:
         stub = STUB.format(names=", ".join(cls().names), own=own)
         return edited(stub, cls.heading, self_test=self_test)
 
+    def step_of(self, pipe, z1, steps, **call):
+        """The pipeline's latents and noise level after one step, with the script's text."""
+
+        def stop(pipe, step, timestep, latents):
+            pipe._interrupt = True
+            return latents
+
+        text = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
+        call |= {name: self.names[name] for name in text if name in self.names}
+        call |= {"num_inference_steps": steps, "latents": z1, "output_type": "latent"}
+        pipe.set_progress_bar_config(disable=True)
+        out = pipe(**call, height=64, width=64, callback_on_step_end=stop, return_dict=False)[0]
+        return out, pipe.scheduler.sigmas[1].item()
+
 
 class SD3(Script):
     own = """
@@ -119,9 +126,7 @@ class SD3(Script):
         )[0]
     """
     heading = "Stable Diffusion 3"
-
-    def build(self):
-        return sd3(SD3Transformer2DModel, torch.float32)
+    build = staticmethod(lambda: sd3(SD3Transformer2DModel, torch.float32))
 
     def given(self, dtype):
         self.empty = randn(12, 1, 5, 8).to(dtype), randn(13, 1, 8).to(dtype)
@@ -134,12 +139,11 @@ class SD3(Script):
 
     def first_step(self, z1):
         empty, pooled = self.empty
-        text = {name: self.names[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        return pipeline_step(
-            StableDiffusion3Pipeline(self.model, self.scheduler, *[None] * 7), z1, 40, **text,
+        return self.step_of(
+            StableDiffusion3Pipeline(self.model, self.scheduler, *[None] * 7), z1, 40,
             negative_prompt_embeds=empty.expand(BATCH, -1, -1), guidance_scale=4.5,
             negative_pooled_prompt_embeds=pooled.expand(BATCH, -1),
-        )
+        )  # fmt: skip
 
 
 class Flux(Script):
@@ -164,9 +168,8 @@ class Flux(Script):
         }  # fmt: skip
 
     def first_step(self, z1):
-        text = {name: self.names[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
         pipe = FluxPipeline(self.scheduler, *[None] * 5, self.model)
-        return pipeline_step(pipe, z1, 40, guidance_scale=3.5, **text)
+        return self.step_of(pipe, z1, 40, guidance_scale=3.5)
 
 
 class Flux2(Script):
@@ -190,18 +193,8 @@ class Flux2(Script):
         }  # fmt: skip
 
     def first_step(self, z1):
-        """As the pipeline's loop, whose text encoder cannot be left out."""
-        mu = compute_empirical_mu(16, 50)
-        retrieve_timesteps(self.scheduler, 50, "cpu", sigmas=np.linspace(1.0, 1 / 50, 50), mu=mu)
-        t = self.scheduler.timesteps[0]
-        with torch.no_grad():
-            v = self.model(
-                hidden_states=z1, timestep=t.expand(BATCH) / 1000, return_dict=False,
-                guidance=torch.full((BATCH,), 4.0), txt_ids=self.names["text_ids"],
-                encoder_hidden_states=self.names["prompt_embeds"],
-                img_ids=self.names["model_input_ids"],
-            )[0]  # fmt: skip
-        return self.scheduler.step(v, t, z1, return_dict=False)[0], self.scheduler.sigmas[1].item()
+        pipe = Flux2Pipeline(self.scheduler, None, None, None, self.model)
+        return self.step_of(pipe, z1.mT.reshape(self.model_input.shape), 50, guidance_scale=4.0)
 
 
 class Qwen(Script):
@@ -219,9 +212,7 @@ class Qwen(Script):
         del img_shapes
     """
     heading, shift = "Qwen-Image", run_recipes.QWEN
-
-    def build(self):
-        return run_recipes.qwen(64)
+    build = staticmethod(lambda: run_recipes.qwen(64))
 
     def given(self, dtype):
         mask = torch.ones(BATCH, 5, dtype=torch.bool)
@@ -235,13 +226,10 @@ class Qwen(Script):
 
     def first_step(self, z1):
         empty, mask = self.empty
-        text = {name: self.names[name] for name in ("prompt_embeds", "prompt_embeds_mask")}
+        negative = {"negative_prompt_embeds": empty.expand(BATCH, -1, -1)}
+        negative["negative_prompt_embeds_mask"] = mask.expand(BATCH, -1)
         pipe = QwenImagePipeline(self.scheduler, None, None, None, self.model)
-        return pipeline_step(
-            pipe, z1, 50, true_cfg_scale=4.0, **text,
-            negative_prompt_embeds=empty.expand(BATCH, -1, -1),
-            negative_prompt_embeds_mask=mask.expand(BATCH, -1),
-        )
+        return self.step_of(pipe, z1, 50, true_cfg_scale=4.0, **negative)
 
 
 class ZImage(Script):
@@ -264,23 +252,8 @@ class ZImage(Script):
 
     def first_step(self, z1):
         pipe = ZImagePipeline(self.scheduler, None, None, None, self.model)
-        text = {"prompt_embeds": self.names["prompt_embeds"]}
-        text["negative_prompt_embeds"] = self.empty * BATCH
-        return pipeline_step(pipe, z1, 50, guidance_scale=5.0, **text)
-
-
-def pipeline_step(pipe, z1, steps, **call):
-    """Its latents and noise level after one step."""
-
-    def stop(pipe, step, timestep, latents):
-        pipe._interrupt = True
-        return latents
-
-    call |= {"num_inference_steps": steps, "latents": z1, "output_type": "latent"}
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        out = pipe(**call, height=64, width=64, callback_on_step_end=stop, return_dict=False)[0]
-    return out, pipe.scheduler.sigmas[1].item()
+        negative = self.empty * BATCH
+        return self.step_of(pipe, z1, 50, guidance_scale=5.0, negative_prompt_embeds=negative)
 
 
 SCRIPTS = (SD3, Flux, Flux2, Qwen, ZImage)
@@ -307,48 +280,30 @@ def test_self_test_in_bf16_is_near(cls, capsys):
     assert abs(ratio_of(cls, capsys, dtype=torch.bfloat16) - 1) < 0.02
 
 
-MISTAKES = {  # the model, what is changed in its recipe: the self-test must notice
-    "sd3, time": (SD3, "timestep=1000 * sigma", "timestep=sigma"),
-    "sd3, pooled": (SD3, ": pooled_prompt_embeds", ": torch.zeros(2, 8)"),
-    "flux, time": (Flux, "timestep=sigma", "timestep=1000 * sigma"),
-    "flux, guidance": (Flux, "(len(z0),), args.guidance_scale", "(len(z0),), 3.5"),
-    "flux2, guidance": (Flux2, "(len(z0),), args.guidance_scale", "(len(z0),), 4.0"),
-    "qwen, mask": (Qwen, '_hidden_states_mask": cond[1]', '_hidden_states_mask": None'),
-    "z-image, sign": (ZImage, "return -torch", "return torch"),
-}
-
-
-@pytest.mark.parametrize("cls, old, new", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("cls, old, new", [
+    (SD3, "timestep=1000 * sigma", "timestep=sigma"),
+    (SD3, ": pooled_prompt_embeds", ": torch.zeros(2, 8)"),
+    (Flux, "timestep=sigma", "timestep=1000 * sigma"),
+    (Flux, "(len(z0),), args.guidance_scale", "(len(z0),), 3.5"),
+    (Flux2, "(len(z0),), args.guidance_scale", "(len(z0),), 4.0"),
+    (Qwen, '_hidden_states_mask": cond[1]', '_hidden_states_mask": None'),
+    (ZImage, "return -torch", "return torch"),
+])  # fmt: skip
 def test_self_test_notices_a_mistake(cls, old, new, capsys):
     text = cls.edited(self_test=True)
     assert text.count(old) == 1
     assert abs(ratio_of(cls, capsys, text.replace(old, new)) - 1) > 1e-5
 
 
-@pytest.fixture
-def soar_run(monkeypatch):
-    """Runs a script with SOAR in its loss's place: the script, its names, soar_terms' arguments."""
-
-    def run(cls):
-        script, calls, soar_terms = cls(), [], soar.soar_terms
-        script.graphs = []
-        script.model.register_forward_pre_hook(
-            lambda *_: script.graphs.append(torch.is_grad_enabled())
-        )
-        text = cls.edited(self_test=False)
-        with monkeypatch.context() as patch:
-            record = lambda *x, **y: calls.append(x) or soar_terms(*x, **y)  # noqa: E731
-            patch.setattr(soar, "soar_terms", record)
-            return script, script.main(text), calls[0]
-
-    return run
-
-
 @pytest.mark.parametrize("cls", SCRIPTS)
-def test_recipe_takes_a_soar_step_of_the_scripts_levels(cls, soar_run):
-    script, names, (_, _, draws, _, _, config) = soar_run(cls)
+def test_recipe_takes_a_soar_step_whose_rollout_is_the_pipelines_first(cls):
+    script, graphs, states = cls(), [], []
+    script.model.register_forward_pre_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    with mock.patch.object(soar, "soar_terms", wraps=soar.soar_terms) as terms:
+        names = script.main(cls.edited(self_test=False))
+    velocity, z0, draws, cond, uncond, config = terms.call_args.args
     rollout = 2 if cls is Qwen else 1
-    assert script.graphs == [True] + [False] * rollout + [True] * 6
+    assert graphs == [True] + [False] * rollout + [True] * 6
     levels = soar.sigma_from_t(draws.t, config.shift)
     torch.testing.assert_close(1000 * levels, names["timesteps"])
     assert math.isfinite(names["logs"]["loss"])
@@ -356,17 +311,12 @@ def test_recipe_takes_a_soar_step_of_the_scripts_levels(cls, soar_run):
     assert all(x.isfinite().all() for x in grads)
     assert sum(bool(x.any()) for x in grads) > 0.8 * len(grads)
 
-
-@pytest.mark.parametrize("cls", SCRIPTS)
-def test_rollout_is_the_first_step_of_the_pipeline(cls, soar_run):
-    script, _, (velocity, z0, draws, cond, uncond, config) = soar_run(cls)
-    z1, states = randn(5, *z0.shape), []
-
     def recorded(z, sigma, cond):
         states.append(z)
         return velocity(z, sigma, cond)
 
     # From noise; u = 0: the last state is where the rollout ended.
+    z1 = randn(5, *z0.shape)
     draws = draws._replace(z1=z1, t=torch.ones(BATCH), u=torch.zeros_like(draws.u))
     list(soar.soar_terms(recorded, z0, draws, cond, uncond, config))
     sigma = soar.sigma_from_t(1 - 1 / config.num_sampling_steps, config.shift)
