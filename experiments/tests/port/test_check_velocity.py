@@ -4,7 +4,6 @@ checks.md's table has it, and of models whose error is known."""
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, SD3Transformer2DModel
@@ -38,14 +37,11 @@ class World:
         pipe = load_pipeline(name, torch.float32, cpu)
         self.transformer = load_transformer(name, None, torch.float32, cpu)
         rows = read_pairs().select(range(8))
-        images = np.stack([np.array(image) for image in rows["image"]])
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = pipe.image_processor.preprocess(list(rows["image"]))
         self.z0 = encode_images(pipe, pixels, torch.zeros(8, 16, 8, 8))
         self.cond = encode_prompts(pipe, list(rows["text"]), MAX_SEQUENCE_LENGTH)
         self.uncond = encode_prompts(pipe, [""] * 8, MAX_SEQUENCE_LENGTH)
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        sd15 = DDPMScheduler(**betas).alphas_cumprod
-        self.vp = sd15.sqrt(), (1 - sd15).sqrt()
+        self.vp = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").alphas_cumprod
 
     def model(self, z, time, cond):
         return self.transformer(z, timestep=time, return_dict=False, **cond)[0]
@@ -56,52 +52,37 @@ class World:
     def sd15(self, x, sigma, cond):
         """What SD 1.5 would predict, had it learnt as much: the noise in a z0 + b z1, where a and b
         are those of its timestep."""
-        timestep = (1000 * sigma).long().clamp(0, 999)
-        a, b = (per_sample(table[timestep], x) for table in self.vp)
+        kept = per_sample(self.vp[(1000 * sigma).long().clamp(0, 999)], x)
+        a, b = kept.sqrt(), (1 - kept).sqrt()
         z, s = x / (a + b), b / (a + b)
         return z + (1 - s) * self.right(z, s.flatten(), cond)
 
 
-@pytest.fixture(scope="module")
-def world():
-    return World()
-
-
 def wrong_adapters(w: World) -> dict:
-    """What is wrong: (velocity, other arguments of check_velocity)."""
-    s = lambda sigma: per_sample(sigma, w.z0)  # noqa: E731
+    """What is wrong: its velocity."""
     torch.manual_seed(0)
     fresh = SD3Transformer2DModel.from_config(w.transformer.config).eval()
-    other = {key: x.roll(1, 0) for key, x in w.cond.items()}
-
-    def guided(z, t, c):
-        return soar.guided_velocity(w.right(z, t, w.uncond), w.right(z, t, c), 4.5)
-
+    v, s = w.right, lambda sigma: per_sample(sigma, w.z0)
+    guided = lambda z, t, c: soar.guided_velocity(v(z, t, w.uncond), v(z, t, c), 4.5)  # noqa: E731
     return {
-        "none: it is right": (w.right, {}),
-        "reversed sign": (lambda z, t, c: -w.right(z, t, c), {}),
-        "reversed time": (lambda z, t, c: w.right(z, 1 - t, c), {}),
-        "both, as for a model of data - noise": (lambda z, t, c: -w.right(z, 1 - t, c), {}),
-        "`timestep=sigma`, where the model takes 1000 sigma": (w.model, {}),
-        "`timestep=1000 * sigma`, where the model takes sigma": (
-            lambda z, t, c: w.right(z, 1000 * t, c), {}
-        ),
-        "a model that predicts noise": (lambda z, t, c: z + (1 - s(t)) * w.right(z, t, c), {}),
-        "a model that predicts clean data": (lambda z, t, c: z - s(t) * w.right(z, t, c), {}),
-        "a model that predicts noise on SD 1.5's path": (w.sd15, {}),
-        "the same, in the recipe for noise": (
-            lambda z, t, c: (w.sd15(z, t, c) - z) / (1 - s(t)), {}
-        ),
-        "`cond` not handed on": (lambda z, t, c: w.right(z, t, w.cond), {}),
-        "an untrained model": (
-            lambda z, t, c: fresh(z, timestep=1000 * t, return_dict=False, **c)[0], {}
-        ),
-        "latents not scaled, as if by 0.18215": (w.right, {"z0": w.z0 / 0.18215}),
-        "`[0]` forgotten": (lambda z, t, c: (w.right(z, t, c),), {}),
-        "tokens not unpacked": (lambda z, t, c: w.right(z, t, c).flatten(2).mT, {}),
-        "a guided velocity in place of the model's": (guided, {}),
-        "prompts of other images": (w.right, {"cond": other}),
-    }  # fmt: skip
+        "none: it is right": v,
+        "reversed sign": lambda z, t, c: -v(z, t, c),
+        "reversed time": lambda z, t, c: v(z, 1 - t, c),
+        "both, as for a model of data - noise": lambda z, t, c: -v(z, 1 - t, c),
+        "`timestep=sigma`, where the model takes 1000 sigma": w.model,
+        "`timestep=1000 * sigma`, where the model takes sigma": lambda z, t, c: v(z, 1000 * t, c),
+        "a model that predicts noise": lambda z, t, c: z + (1 - s(t)) * v(z, t, c),
+        "a model that predicts clean data": lambda z, t, c: z - s(t) * v(z, t, c),
+        "a model that predicts noise on SD 1.5's path": w.sd15,
+        "the same, in the recipe for noise": lambda z, t, c: (w.sd15(z, t, c) - z) / (1 - s(t)),
+        "`cond` not handed on": lambda z, t, c: v(z, t, w.cond),
+        "an untrained model": lambda z, t, c: fresh(z, timestep=1000 * t, **c).sample,
+        "latents not scaled, as if by 0.18215": v,
+        "`[0]` forgotten": lambda z, t, c: (v(z, t, c),),
+        "tokens not unpacked": lambda z, t, c: v(z, t, c).flatten(2).mT,
+        "a guided velocity in place of the model's": guided,
+        "prompts of other images": v,
+    }
 
 
 def message_of(call) -> str | None:
@@ -114,9 +95,11 @@ def message_of(call) -> str | None:
 def adapters_table() -> str:
     w, config = World(), soar.SoarConfig()
     draws = soar.draw(w.z0.shape, config, rng())
+    others = {"latents not scaled, as if by 0.18215": {"z0": w.z0 / 0.18215}}
+    others["prompts of other images"] = {"cond": {key: x.roll(1, 0) for key, x in w.cond.items()}}
     rows = ["| mistake | caught by | message, or what is returned |", "| --- | --- | --- |"]
-    for mistake, (velocity, change) in wrong_adapters(w).items():
-        arguments = {"z0": w.z0, "cond": w.cond, "other_cond": w.uncond} | change
+    for mistake, velocity in wrong_adapters(w).items():
+        arguments = {"z0": w.z0, "cond": w.cond, "other_cond": w.uncond} | others.get(mistake, {})
         by = "" if mistake.startswith("none") else "nothing"
         try:
             found = f"{check_velocity(velocity, **arguments, generator=rng()):.2f}"
@@ -127,20 +110,20 @@ def adapters_table() -> str:
                 by += ", `soar_terms`"
         rows.append(f"| {mistake} | {by} | {found} |")
     call, listed = (w.right, w.z0, draws, w.cond), list(w.uncond.values())
-    for mistake, by, made in (
-        ("`uncond` of another type than `cond`", "`soar_terms`",
-         lambda: next(soar.soar_terms(*call, listed, config))),
-        ("`uncond` not passed", "`soar_terms`",
-         lambda: next(soar.soar_terms(*call, config=config))),
-        ("levels up to 1000", "`with_levels`",
-         lambda: soar.with_levels(draws, torch.linspace(20, 980, 8), config)),
-    ):  # fmt: skip
-        rows.insert(-2, f"| {mistake} | {by} | {message_of(made)} |")
+    levels = torch.linspace(20, 980, 8)
+    for mistake, made in {
+        "`uncond` of another type than `cond` | `soar_terms`":
+            lambda: next(soar.soar_terms(*call, listed, config)),
+        "`uncond` not passed | `soar_terms`": lambda: next(soar.soar_terms(*call, config=config)),
+        "levels up to 1000 | `with_levels`": lambda: soar.with_levels(draws, levels, config),
+    }.items():  # fmt: skip
+        rows.insert(-2, f"| {mistake} | {message_of(made)} |")
     return "\n".join(rows)
 
 
-def test_the_block_that_checks_an_adapter_runs(world, monkeypatch, capsys):
+def test_the_block_that_checks_an_adapter_runs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "check_velocity", module)
+    world = World()
     names = {"velocity": world.right, "generator": rng()}
     names |= {"z0": world.z0, "cond": world.cond, "uncond": world.uncond}
     (block,) = blocks((HERE / "checks.md").read_text())["Is the adapter right?"]

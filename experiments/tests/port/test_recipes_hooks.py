@@ -18,24 +18,15 @@ from torch import Tensor
 
 import soar
 from experiments.port.run_hooks import (
-    BATCH,
-    WRONG,
-    Recipe,
-    Trainer,
-    called,
-    failures,
-    gradients,
-    latents_and_noise,
-    off,
-    randn,
-    sd3,
-)
+    BATCH, WRONG, Recipe, Trainer, called, failures, gradients, latents_and_noise, off, randn, sd3,
+)  # fmt: skip
 from experiments.port.run_recipes import PAGE
 
 Z0, NOISE = latents_and_noise(BATCH, 16, 8, 8)
 COND, EMPTY = randn(10, BATCH, 5, 8), randn(12, 1, 5, 8)
 SIGMAS = torch.tensor([0.9, 0.2])
 ROWS = torch.tensor([1.0, 3.0])  # weights of rows
+F32 = torch.float32
 
 
 class Net(torch.nn.Module):
@@ -43,7 +34,7 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.sd3 = sd3(SD3Transformer2DModel, torch.float32)
+        self.sd3 = sd3(SD3Transformer2DModel, F32)
 
     def forward(self, z, time, cond):
         pooled = torch.ones(len(z), 8, dtype=z.dtype)
@@ -60,17 +51,15 @@ def errors(model, sigmas: Tensor = SIGMAS, rows: int = BATCH) -> Tensor:
     return (model((1 - s) * z0 + s * z1, sigmas) - (z1 - z0)) ** 2
 
 
-def fake(patch, path: str, **names) -> None:
+def fake(patch, path: str, **names) -> ModuleType:
     """A module that has these names, and its packages."""
-    parts = path.split(".")
-    for end in range(1, len(parts)):
-        package = ".".join(parts[:end])
-        patch.setitem(sys.modules, package, sys.modules.get(package, ModuleType(package)))
-    module = ModuleType(path)
-    module.__dict__.update(names)
+    package, _, name = path.rpartition(".")
+    module = sys.modules.get(path, ModuleType(path))
     patch.setitem(sys.modules, path, module)
-    if len(parts) > 1:
-        setattr(sys.modules[package], parts[-1], module)
+    vars(module).update(names)
+    if package:
+        setattr(fake(patch, package), name, module)
+    return module
 
 
 def pasted(block: str, arguments: str, **names):
@@ -101,16 +90,15 @@ def musubi(patch, offset: int = 1) -> Trainer:
         def call_dit(self, args, accelerator, transformer, latents, batch, noise, noisy, time, _):
             return SimpleNamespace(pred=net(noisy, time, torch.stack(batch["t5"])))
 
-    fake(patch, "musubi_tuner.wan_train_network", WanNetworkTrainer=WanNetworkTrainer)
     save_file({"varlen_t5_float32": EMPTY[0]}, "empty_wan_te.safetensors")
     mode = "shift" if offset else "sigma"
     args = SimpleNamespace(seed=None, weighting_scheme="none", timestep_sampling=mode)
     call = (args, plain(), None, None, {"timesteps": None, "t5": list(COND)}, Z0, NOISE)
 
     def ours():
-        sys.modules["musubi_tuner.wan_train_network"].WanNetworkTrainer = WanNetworkTrainer
+        fake(patch, "musubi_tuner.wan_train_network", WanNetworkTrainer=WanNetworkTrainer)
         trainer = Recipe.load("soar_musubi").SoarTrainer()
-        loss, metrics = trainer.process_batch(*call, None, torch.float32, torch.float32, None, 0)
+        loss, metrics = trainer.process_batch(*call, None, F32, F32, None, 0)
         assert metrics == {}
         return loss
 
@@ -123,9 +111,9 @@ def ai_toolkit(patch, **settings) -> Trainer:
     arguments = "self, timesteps, conditional_embeds, batch, pred_kwargs, mask_multiplier"
     block = f"if False:\n    pass\n{PAGE['ai-toolkit'][0]}return loss\n"
     loss_of = pasted(block, f"{arguments}, loss_multiplier", concat_prompt_embeds=torch.cat)
-    names = ("linear_timesteps", "linear_timesteps2", "do_guidance_loss")
-    names += ("diff_output_preservation", "blank_prompt_preservation")
-    config = dict.fromkeys(names, False) | {"loss_type": "soar", "timestep_type": "sigmoid"}
+    names = "linear_timesteps linear_timesteps2 do_guidance_loss diff_output_preservation"
+    config = dict.fromkeys(f"{names} blank_prompt_preservation".split(), False)
+    config |= {"loss_type": "soar", "timestep_type": "sigmoid"}
     net, mask = Net(), randn(6, BATCH, 1, 8, 8).abs()
     trainer = {
         "train_config": SimpleNamespace(**(config | settings)), "accelerator": plain(),
@@ -133,13 +121,11 @@ def ai_toolkit(patch, **settings) -> Trainer:
         "device_torch": "cpu", "unconditional_embeds": EMPTY,
         "predict_noise": lambda x, time, cond, batch: net(x, time, cond),
     }  # fmt: skip
-    multiplier = torch.full((BATCH, 1, 1, 1), 3.0)
+    call = (1000 * SIGMAS, COND, SimpleNamespace(latents=Z0), {}, mask)
 
     def ours():
         Recipe.load("soar_ai_toolkit")
-        batch = SimpleNamespace(latents=Z0)
-        call = (1000 * SIGMAS, COND, batch, {}, mask, multiplier)
-        return loss_of(SimpleNamespace(**trainer), *call)
+        return loss_of(SimpleNamespace(**trainer), *call, torch.full((BATCH, 1, 1, 1), 3.0))
 
     theirs = lambda: (errors(lambda z, s: net(2 * z, 1000 * s, COND)) * mask).mean()  # noqa: E731
     return Trainer(NOISE, theirs, ours, net, lambda loss: (3 * loss).backward())
@@ -159,16 +145,19 @@ def simpletuner(patch, loss_type: str = "l2") -> Trainer:
         assert b["encoder_attention_mask"] == ("prompt's" if text is COND else "empty's")
         return {"model_prediction": net(b["noisy_latents"], b["timesteps"], text)}
 
-    batch = {"latents": Z0, "encoder_hidden_states": COND, "sigmas": SIGMAS}
-    batch["timesteps"] = 1000 * SIGMAS
-    batch |= {"encoder_attention_mask": "prompt's", "negative_encoder_attention_mask": "empty's"}
-    batch["negative_encoder_hidden_states"] = EMPTY.expand(BATCH, -1, -1)
+    batch = {
+        "latents": Z0, "encoder_hidden_states": COND, "encoder_attention_mask": "prompt's",
+        "sigmas": SIGMAS, "timesteps": 1000 * SIGMAS, "negative_encoder_attention_mask": "empty's",
+        "negative_encoder_hidden_states": EMPTY.expand(BATCH, -1, -1),
+    }  # fmt: skip
 
     def ours():
         Recipe.load("soar_simpletuner")
-        trainer = {"config": SimpleNamespace(seed=None, loss_type=loss_type), "model": model}
-        trainer |= {"accelerator": plain(), "model_predict": model_predict}
-        loss, logs, diffusion, aux, distill = loss_of(SimpleNamespace(**trainer), batch)
+        trainer = SimpleNamespace(
+            config=SimpleNamespace(seed=None, loss_type=loss_type), model=model,
+            accelerator=plain(), model_predict=model_predict,
+        )  # fmt: skip
+        loss, logs, diffusion, aux, distill = loss_of(trainer, batch)
         assert (logs, aux, distill) == ({}, None, {}) and not diffusion.requires_grad
         return loss
 
@@ -179,15 +168,14 @@ def simpletuner(patch, loss_type: str = "l2") -> Trainer:
 def sd_scripts(patch, **more) -> Trainer:
     """Sd3NetworkTrainer, between its parent's process_batch and post_process_loss."""
     net = Net()
-    weights = lambda weighting_scheme, sigmas=None: torch.ones_like(sigmas)  # noqa: E731
     utils = SimpleNamespace(
         get_noisy_model_input_and_timesteps=lambda *_: (None, 1000 * SIGMAS, None),
-        compute_loss_weighting_for_sd3=weights,
+        compute_loss_weighting_for_sd3=lambda weighting_scheme, sigmas: torch.ones_like(sigmas),
     )
     concat = lambda lg, t5, pooled: (torch.cat([lg, t5], 1), pooled)  # noqa: E731
     strategy = SimpleNamespace(get_strategy=lambda: SimpleNamespace(concat_encodings=concat))
-    fake(patch, "library", sd3_train_utils=utils,
-         strategy_base=SimpleNamespace(TextEncodingStrategy=strategy))  # fmt: skip
+    base = SimpleNamespace(TextEncodingStrategy=strategy)
+    fake(patch, "library", sd3_train_utils=utils, strategy_base=base)
     text = [EMPTY, torch.zeros(1, 0, 8), torch.zeros(1, 8)]
     kind = type("Trainer", (), {"sample_prompts_te_outputs": {"": text}})
     fake(patch, "sd3_train_network", Sd3NetworkTrainer=kind)
@@ -199,7 +187,7 @@ def sd_scripts(patch, **more) -> Trainer:
 
     def ours():
         trainer = Recipe.load("soar_sd_scripts").SoarTrainer()
-        pred, target, *_ = trainer.get_noise_pred_and_target(*call, torch.float32, True)
+        pred, target, *_ = trainer.get_noise_pred_and_target(*call, F32, True)
         loss = F.mse_loss(pred, target, reduction="none").mean([1, 2, 3]) * ROWS
         return trainer.post_process_loss(loss, args, None, None).mean()
 
@@ -219,8 +207,8 @@ def diffsynth(patch, **more) -> Trainer:
 
     scheduler = SimpleNamespace(sigmas=sigmas, timesteps=1000 * sigmas)
     scheduler.training_weight = lambda time: 1 + time.sum() / 1000
-    pipe = SimpleNamespace(in_iteration_models=("dit",), torch_dtype=torch.float32, device="cpu")
-    pipe.dit, pipe.model_fn, pipe.scheduler = net, model_fn, scheduler
+    pipe = SimpleNamespace(in_iteration_models=("dit",), torch_dtype=F32, device="cpu", dit=net,
+                           model_fn=model_fn, scheduler=scheduler)  # fmt: skip
     shared = {"input_latents": Z0[:1], "use_gradient_checkpointing": True, "cfg_scale": 2} | more
     text = {"prompt_emb": COND[:1]}, {"prompt_emb": EMPTY}
 
@@ -247,24 +235,25 @@ def onetrainer(patch, kind="STANDARD", offload=False, activations=False, **setti
         return (net(hidden_states, timestep, encoder_hidden_states),)
 
     model = SimpleNamespace(
-        transformer=transformer, train_dtype=SimpleNamespace(torch_dtype=lambda: torch.float32),
+        transformer=transformer, train_dtype=SimpleNamespace(torch_dtype=lambda: F32),
         materialize_only_text_encoders=lambda: None, encode_text=lambda **_: (EMPTY, EMPTY[:, 0]),
         combine_text_encoder_output=lambda *x: x,
     )  # fmt: skip
-    zeros = ("mae_strength", "log_cosh_strength", "huber_strength", "masked_training",
-             "offset_noise_weight", "perturbation_noise_weight", "text_encoder_layer_skip",
-             "text_encoder_2_layer_skip", "text_encoder_3_layer_skip")  # fmt: skip
+    zeros = "mae_strength log_cosh_strength huber_strength masked_training offset_noise_weight"
+    zeros += " perturbation_noise_weight multi_gpu text_encoder_layer_skip"
+    zeros += " text_encoder_2_layer_skip text_encoder_3_layer_skip"
     encoders = [f"train_text_encoder{i}_or_embedding" for i in ("", "_2", "_3")]
-    config = SimpleNamespace(**(dict.fromkeys(zeros, 0) | dict.fromkeys(encoders, lambda: False) | {
-        "mse_strength": 0.5, "optimizer": SimpleNamespace(fused_back_pass=True), "multi_gpu": False,
-        "loss_weight_fn": "sigma", "batch_size": 2, "gradient_accumulation_steps": 3,
-        "loss_scaler": SimpleNamespace(get_scale=lambda batch, steps: batch * steps),
-        "model_type": SimpleNamespace(has_conditioning_image_input=lambda: False),
-        "transformer": SimpleNamespace(
-            attention_mask=False, offloading_enabled=lambda: offload,
-            activation_offloading=activations,
-        ), **settings,
-    }))  # fmt: skip
+    config = SimpleNamespace(**(
+        dict.fromkeys(zeros.split(), 0) | dict.fromkeys(encoders, lambda: False) | settings
+    ))  # fmt: skip
+    config.mse_strength, config.loss_weight_fn = 0.5, "sigma"
+    config.batch_size, config.gradient_accumulation_steps = 2, 3
+    config.loss_scaler = SimpleNamespace(get_scale=lambda batch, steps: batch * steps)
+    config.optimizer = SimpleNamespace(fused_back_pass=True)
+    config.model_type = SimpleNamespace(has_conditioning_image_input=lambda: False)
+    config.transformer = SimpleNamespace(
+        attention_mask=False, offloading_enabled=lambda: offload, activation_offloading=activations
+    )
     setup = {"train_device": "cpu", "setup_train_device": lambda *x: None}
 
     def ours():
@@ -325,7 +314,7 @@ def diffusion_pipe(patch, **config) -> Trainer:
 
     class Layer(torch.nn.Module):
         def forward(self, x):
-            return net(x[0], x[1], x[2])
+            return net(*x[:3])
 
     class SD3Pipeline:
         def __init__(self, config):
