@@ -1,6 +1,8 @@
 """check_port passes right ports for every bound and shift, and names each mistake of a table: it
 is part of checks.md, and test_recipes_pages.py holds it against what is found."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,9 +82,10 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def made(text: str):
+def made(*change: str):
+    """PORT, with the first text made the second."""
     names = {"torch": torch, "rng": rng(1)}
-    exec(text, names)
+    exec(PORT.replace(*change), names)
     return names["port"]
 
 
@@ -90,17 +93,11 @@ def soar_itself(velocity, z0, z1, t, cond, uncond, config):
     """soar_terms as a port: its states are those the model is called with, its targets follow from
     two models."""
     draws = soar.draw(z0.shape, config, rng(2))._replace(z1=z1, t=t)
-    calls = []
-
-    def recorded(z, sigma, c):
-        v = velocity(z, sigma, c)
-        calls.append((z, sigma))
-        return v
-
-    terms = list(soar.soar_terms(recorded, z0, draws, cond, uncond, config))
-    aux = calls[-config.num_aux_points:]
-    assert len(terms) == 1 + len(aux)
-    return [(z, sigma, soar.correction_target(z, z0, sigma)) for z, sigma in aux]
+    model = mock.Mock(side_effect=velocity)
+    terms = list(soar.soar_terms(model, z0, draws, cond, uncond, config))
+    states = [call.args[:2] for call in model.call_args_list[1 - len(terms) :]]
+    assert len(states) == config.num_aux_points
+    return [(z, sigma, soar.correction_target(z, z0, sigma)) for z, sigma in states]
 
 
 BATCHED = ("""        v_cond = velocity(z, sigma, cond)
@@ -117,7 +114,7 @@ UNBOUND = ("sigma * config.sigma_upper_ratio", "sigma / sigma")
 def test_a_right_port_passes(change):
     assert change[0] in PORT
     configs = [soar.SoarConfig()] if change is UNBOUND else CONFIGS
-    assert check_port(made(PORT.replace(*change)), configs, generator=rng()) < 5e-6
+    assert check_port(made(*change), configs, generator=rng()) < 5e-6
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -129,7 +126,7 @@ def test_a_right_port_passes(change):
 def test_a_right_port_passes_for_every_bound_and_shift(seed, shift, steps, w, ratio, points):
     config = soar.SoarConfig(shift=shift, num_sampling_steps=steps, guidance_scale=w,
                              sigma_upper_ratio=ratio, num_aux_points=points)  # fmt: skip
-    for port in (made(PORT), soar_itself):
+    for port in (made("", ""), soar_itself):
         assert check_port(port, [config], generator=rng(seed)) < 1e-4
 
 
@@ -138,6 +135,6 @@ def table() -> str:
     for mistake, (old, new) in MISTAKES.items():
         assert PORT.count(old) == 1, mistake
         with pytest.raises(ValueError) as caught:
-            check_port(made(PORT.replace(old, new)), generator=rng())
+            check_port(made(old, new), generator=rng())
         rows.append(f"| {mistake} | {caught.value} |")
     return "\n".join(rows)

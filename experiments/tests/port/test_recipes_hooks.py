@@ -3,7 +3,6 @@
 The trainers' real code is run by `python -m experiments.port.run_hooks`, whose checks these are.
 """
 
-import collections
 import contextlib
 import sys
 import textwrap
@@ -352,7 +351,6 @@ def diffusion_pipe(patch, **config) -> Trainer:
 def unirl(patch, scale: float = 1.0) -> Trainer:
     """FlowMatchSFT, which calls backward itself."""
     net = Net()
-    conditions = collections.namedtuple("Conditions", "text")
 
     class FlowMatchSFT:
         conditions_cls, params = None, SimpleNamespace(guidance_scale=1.0)
@@ -369,21 +367,19 @@ def unirl(patch, scale: float = 1.0) -> Trainer:
         def _draw_sigma(self, batch, device, generator):
             return SIGMAS
 
-    result = collections.namedtuple("AlgorithmStepResult", "loss metrics num_steps has_backward")
-    for path, names in {
-        "algorithms.base": {"AlgorithmStepResult": result, "typed_conditions": lambda x, _: x},
-        "algorithms.sft": {"FlowMatchSFT": FlowMatchSFT},
-        "types.primitives": {"Texts": lambda texts: texts},
-    }.items():
-        fake(patch, f"unirl.{path}", **names)
+    result = lambda loss, metrics, num_steps, has_backward: torch.tensor(loss)  # noqa: E731
+    base = {"AlgorithmStepResult": result, "typed_conditions": lambda x, _: x}
+    fake(patch, "unirl.algorithms.base", **base)
+    fake(patch, "unirl.algorithms.sft", FlowMatchSFT=FlowMatchSFT)
+    fake(patch, "unirl.types.primitives", Texts=lambda texts: texts)
     text = SimpleNamespace(embed=lambda texts: EMPTY.expand(len(texts), -1, -1))
 
     def ours():
         kind = Recipe.load("soar_unirl").FlowMatchSOAR
-        algorithm = kind(pipeline=SimpleNamespace(text_embed=text))
-        call = {"conditions": conditions(COND), "segment": Z0, "advantages": None}
-        call |= {"training_progress": 0.0, "loss_scale": scale}
-        return torch.tensor(algorithm.compute_loss_and_backward(**call).loss)
+        return kind(pipeline=SimpleNamespace(text_embed=text)).compute_loss_and_backward(
+            conditions=SimpleNamespace(text=COND), segment=Z0, advantages=None,
+            training_progress=0.0, loss_scale=scale,
+        )  # fmt: skip
 
     return Trainer(NOISE, net.plain_loss, ours, net)
 
@@ -461,11 +457,6 @@ def test_unirl_scales_every_term(patch):
 # --- streamed.py ---
 
 
-def norm(trainer: Trainer, lambda_aux: float = 1.0, one_sum: bool = False) -> Tensor:
-    loss = called(trainer.ours, NOISE, lambda_aux, one_sum=one_sum).loss
-    return sum(x.square().sum() for x in gradients(loss, trainer).values()).sqrt()
-
-
 @pytest.mark.parametrize("backward, low, high", [
     (lambda loss: (2**16 * loss / 4).backward(), 0.9999, 1.0001),
     (lambda loss: (2**16 * loss).backward(), 2, 9),  # without the division
@@ -475,5 +466,10 @@ def test_whole_sees_a_backward_that_does_less_than_the_trainers(backward, low, h
     """Of a trainer with a GradScaler and four micro-batches; at lambda 0 nothing is to be seen."""
     trainer = simpletuner(patch)._replace(backward=lambda loss: (2**16 * loss / 4).backward())
     patch.setitem(globals(), "plain", lambda: SimpleNamespace(backward=backward, process_index=0))
-    assert norm(trainer, 0.0) == norm(trainer, 0.0, one_sum=True)
-    assert low < norm(trainer) / norm(trainer, one_sum=True) < high
+
+    def norm(lambda_aux, one_sum):
+        loss = called(trainer.ours, NOISE, lambda_aux, one_sum=one_sum).loss
+        return sum(x.square().sum() for x in gradients(loss, trainer).values()).sqrt()
+
+    assert norm(0.0, False) == norm(0.0, True)
+    assert low < norm(1.0, False) / norm(1.0, True) < high
