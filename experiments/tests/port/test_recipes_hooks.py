@@ -61,10 +61,10 @@ def fake(patch, path: str, **names) -> ModuleType:
     return module
 
 
-def pasted(block: str, arguments: str, **names):
-    """A function with a block of the page as its body."""
-    exec(f"def function({arguments}):\n{textwrap.indent(block, '    ')}", names)
-    return names["function"]
+def pasted(block: str, **names):
+    """What a block of the page returns, as a function's body where these names are."""
+    exec(f"def function():\n{textwrap.indent(block, '    ')}", names)
+    return names["function"]()
 
 
 def plain() -> SimpleNamespace:
@@ -107,24 +107,25 @@ def musubi(patch, offset: int = 1) -> Trainer:
 
 def ai_toolkit(patch, **settings) -> Trainer:
     """SDTrainer's method, at the place of its chain of losses; the loss is multiplied later."""
-    arguments = "self, timesteps, conditional_embeds, batch, pred_kwargs, mask_multiplier"
-    block = f"if False:\n    pass\n{PAGE['ai-toolkit'][0]}return loss\n"
-    loss_of = pasted(block, f"{arguments}, loss_multiplier", concat_prompt_embeds=torch.cat)
     names = "linear_timesteps linear_timesteps2 do_guidance_loss diff_output_preservation"
     config = dict.fromkeys(f"{names} blank_prompt_preservation".split(), False)
-    config |= {"loss_type": "soar", "timestep_type": "sigmoid"}
+    config |= {"loss_type": "soar", "timestep_type": "sigmoid"} | settings
     net, mask = Net(), randn(6, BATCH, 1, 8, 8).abs()
     trainer = {
-        "train_config": SimpleNamespace(**(config | settings)), "accelerator": plain(),
+        "train_config": SimpleNamespace(**config), "accelerator": plain(), "device_torch": "cpu",
         "sd": SimpleNamespace(condition_noisy_latents=lambda z, batch: 2 * z),
-        "device_torch": "cpu", "unconditional_embeds": EMPTY,
         "predict_noise": lambda x, time, cond, batch: net(x, time, cond),
+        "unconditional_embeds": EMPTY,
     }  # fmt: skip
-    call = (1000 * SIGMAS, COND, SimpleNamespace(latents=Z0), {}, mask)
 
     def ours():
         Recipe.load("soar_ai_toolkit")
-        return loss_of(SimpleNamespace(**trainer), *call, torch.full((BATCH, 1, 1, 1), 3.0))
+        return pasted(
+            f"if False:\n    pass\n{PAGE['ai-toolkit'][0]}return loss\n",
+            self=SimpleNamespace(**trainer), timesteps=1000 * SIGMAS, conditional_embeds=COND,
+            batch=SimpleNamespace(latents=Z0), pred_kwargs={}, mask_multiplier=mask,
+            loss_multiplier=torch.full((BATCH, 1, 1, 1), 3.0), concat_prompt_embeds=torch.cat,
+        )  # fmt: skip
 
     theirs = lambda: (errors(lambda z, s: net(2 * z, 1000 * s, COND)) * mask).mean()  # noqa: E731
     return Trainer(NOISE, theirs, ours, net, lambda loss: (3 * loss).backward())
@@ -132,7 +133,7 @@ def ai_toolkit(patch, **settings) -> Trainer:
 
 def simpletuner(patch, loss_type: str = "l2") -> Trainer:
     """Trainer._compute_model_prediction_loss, and the model that it calls."""
-    net, loss_of = Net(), pasted(PAGE["SimpleTuner"][0], "self, prepared_batch")
+    net = Net()
     model = SimpleNamespace(
         flow_matching_timesteps_from_sigmas=lambda sigmas: 1000 * sigmas,
         prediction_to_noiseward_flow=lambda v: -v,
@@ -156,8 +157,8 @@ def simpletuner(patch, loss_type: str = "l2") -> Trainer:
             config=SimpleNamespace(seed=None, loss_type=loss_type), model=model,
             accelerator=plain(), model_predict=model_predict,
         )  # fmt: skip
-        loss, logs, diffusion, aux, distill = loss_of(trainer, batch)
-        assert (logs, aux, distill) == ({}, None, {}) and not diffusion.requires_grad
+        loss, *rest = pasted(PAGE["SimpleTuner"][0], self=trainer, prepared_batch=batch)
+        assert rest == [{}, loss, None, {}] and not rest[1].requires_grad
         return loss
 
     theirs = lambda: errors(lambda z, s: -net(z, 1000 * s, COND)).mean()  # noqa: E731
@@ -223,12 +224,7 @@ def onetrainer(patch, kind="STANDARD", offload=False, activations=False, **setti
     """BaseStableDiffusion3Setup.predict at the place of the page's block, then calculate_loss."""
     level_weights = SimpleNamespace(SIGMA="sigma", CONSTANT="constant")
     fake(patch, "modules.util.enum.LossWeight", LossWeight=level_weights)
-    names = "self, model, batch, config, generator, scaled_latent_image, timestep"
-    block = f"{PAGE['OneTrainer'][0]}return {{'own': 'the own loss'}}\n"
-    predict = pasted(block, f"{names}, text_encoder_output, pooled_text_encoder_output",
-                     torch=torch)  # fmt: skip
-    calculate_loss = pasted(f"{PAGE['OneTrainer'][1]}return data['own']\n", "data")
-    net = Net()
+    net, (predict, calculate_loss) = Net(), PAGE["OneTrainer"]
 
     def transformer(hidden_states, timestep, encoder_hidden_states, **_):
         return (net(hidden_states, timestep, encoder_hidden_states),)
@@ -257,10 +253,14 @@ def onetrainer(patch, kind="STANDARD", offload=False, activations=False, **setti
 
     def ours():
         Recipe.load("soar_onetrainer")
-        generator = torch.Generator().manual_seed(0)
-        batch = {"loss_weight": ROWS, "concept_type": [kind] * 2}
-        call = (model, batch, config, generator, Z0, (1000 * SIGMAS - 1).round())
-        return calculate_loss(predict(SimpleNamespace(**setup), *call, COND, COND[:, 0]))
+        data = pasted(
+            f"{predict}return {{'own': 'the own loss'}}\n", torch=torch, model=model,
+            self=SimpleNamespace(**setup), generator=torch.Generator().manual_seed(0),
+            batch={"loss_weight": ROWS, "concept_type": [kind] * 2}, config=config,
+            scaled_latent_image=Z0, timestep=(1000 * SIGMAS - 1).round(),
+            text_encoder_output=COND, pooled_text_encoder_output=COND[:, 0],
+        )  # fmt: skip
+        return pasted(f"{calculate_loss}return data['own']\n", data=data)
 
     def theirs():
         error = errors(lambda z, s: net(z, 1000 * s - 1, COND)).mean([1, 2, 3])
@@ -278,7 +278,6 @@ def ltx_video(patch) -> Trainer:
     sampler = SimpleNamespace(_get_shift_for_sequence_length=lambda tokens: tokens / 64)
     fake(patch, "ltxv_trainer.ltxv_utils", encode_prompt=lambda *x: negative)
     fake(patch, "ltxv_trainer.timestep_samplers", ShiftedLogitNormalTimestepSampler=sampler)
-    step = pasted(PAGE["LTX-Video-Trainer"][0], "self, batch, training_batch, model_inputs")
 
     def transformer(hidden_states, timestep, encoder_hidden_states, **rest):
         image = hidden_states.mT.reshape(Z0.shape)
@@ -296,8 +295,9 @@ def ltx_video(patch) -> Trainer:
 
     def ours():
         Recipe.load("soar_ltx_video")
-        batch = {"latents": {"latents": tokens(Z0)}}
-        return step(SimpleNamespace(**trainer), batch, prepared, {"return_dict": False})
+        names = {"batch": {"latents": {"latents": tokens(Z0)}}, "training_batch": prepared}
+        names |= {"self": SimpleNamespace(**trainer), "model_inputs": {"return_dict": False}}
+        return pasted(PAGE["LTX-Video-Trainer"][0], **names)
 
     def theirs():
         given = known.view(BATCH, 1, 8, 8)
