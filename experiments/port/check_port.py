@@ -52,17 +52,14 @@ def _mixed(hat: Tensor, x: Levels, upper: Tensor | float = 1.0) -> Tensor:
 
 
 STATE_FAULTS = {  # where an exact model's states stand
-    "alpha is divided by sigma_upper - sigma_next, it must be by 1 - sigma_next": (
-        lambda x: _mixed(x.sigma_next, x, x.sigma_upper)
-    ),
-    "the rollout goes up, not down: is v's sign reversed, or are sigma and sigma_next swapped?": (
-        lambda x: _mixed(2 * x.sigma - x.sigma_next, x)
-    ),
-    "the label is a time without its shift: take sigma_from_t of it": (
-        lambda x: sigma_from_t(x.sigma_aux, x.shift)
-    ),
+    "alpha is divided by sigma_upper - sigma_next, it must be by 1 - sigma_next":
+        lambda x: _mixed(x.sigma_next, x, x.sigma_upper),
+    "the rollout goes up, not down: is v's sign reversed, or are sigma and sigma_next swapped?":
+        lambda x: _mixed(2 * x.sigma - x.sigma_next, x),
+    "the label is a time without its shift: take sigma_from_t of it":
+        lambda x: sigma_from_t(x.sigma_aux, x.shift),
     "the label counts from the noise: take 1 minus it": lambda x: 1 - x.sigma_aux,
-}
+}  # fmt: skip
 ALPHA = "alpha must be (sigma_aux - sigma_next) / (1 - sigma_next), with the label's sigma_aux"
 SCALES = {  # the multiple of e_cond - e_uncond by which the rollout errs
     "it is not guided": lambda w: 1.0,
@@ -85,8 +82,8 @@ class _Model:
     def __call__(self, z: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         batch = len(self.z0)
         copies = len(z) // batch
-        came = f"z {tuple(z.shape)}, sigma {tuple(sigma.shape)}, cond {tuple(cond.shape)}"
-        if z.shape != (copies * batch, *self.z0.shape[1:]) or not sigma.shape == z.shape[:1]:
+        if z.shape != (copies * batch, *self.z0.shape[1:]) or sigma.shape != z.shape[:1]:
+            came = f"z {tuple(z.shape)}, sigma {tuple(sigma.shape)}, cond {tuple(cond.shape)}"
             raise ValueError(f"the port calls velocity with {came}, expected z as z0, sigma (B,)")
         self.calls += zip(z.split(batch), sigma.split(batch), cond.split(batch))
         shape = (-1, *[1] * (z.ndim - 1))
@@ -128,19 +125,21 @@ def _check_config(port: Port, config: SoarConfig, generator: torch.Generator) ->
     z0, z1, e_cond, e_uncond = torch.randn(4, B, 4, 16, 16, generator=generator)
     cond, uncond = torch.ones(B, 1), torch.zeros(B, 1)
 
+    def met(model):
+        points = _points(port(model, z0, z1, t, cond, uncond, config), z0)
+        return points, [_levels(t, sigma_aux, config) for _, sigma_aux, _ in points]
+
     exact = _Model(z0, z1, torch.zeros_like(z0), torch.zeros_like(z0))
-    points = _points(port(exact, z0, z1, t, cond, uncond, config), z0)
-    levels = [_levels(t, sigma_aux, config) for _, sigma_aux, _ in points]
+    points, levels = met(exact)
     largest = _check_states(points, levels, z0, z1)
     _check_calls(points, exact)
-    largest = max(largest, _check_targets(points, levels, z0, z1))
+    largest = max(largest, _check_targets(points, z0, z1))
 
     wrong = _Model(z0, z1, e_cond, e_uncond)
-    points = _points(port(wrong, z0, z1, t, cond, uncond, config), z0)
-    levels = [_levels(t, sigma_aux, config) for _, sigma_aux, _ in points]
+    points, levels = met(wrong)
     largest = max(largest, _check_rollout(points, levels, wrong, config))
     _check_range(levels)
-    return max(largest, _check_targets(points, levels, z0, z1))
+    return max(largest, _check_targets(points, z0, z1))
 
 
 def _points(points: Iterable[Point], z0: Tensor) -> list[Point]:
@@ -188,23 +187,22 @@ def _check_states(points: list[Point], levels: list[Levels], z0: Tensor, z1: Ten
     """Of an exact model: on the ideal path, at the level of their label."""
     found = [_along(z - z0, z1 - z0) for z, _, _ in points]
     at, rest = [x for x, _ in found], max(x.max().item() for _, x in found)
-    if rest > HALF:
-        raise ValueError(f"an exact model's states are off the path by {rest:.2g}: do they go "
-                         "toward fresh noise? Re-noise toward z1, the noise of the base term")
     if rest > EXACT:
-        raise ValueError(f"an exact model's states are off the path by {rest:.2g}: are they formed "
-                         "in half precision? Form them in float32")
+        why = "are they formed in half precision? Form them in float32"
+        if rest > HALF:
+            why = "do they go toward fresh noise? Re-noise toward z1, the noise of the base term"
+        raise ValueError(f"an exact model's states are off the path by {rest:.2g}: {why}")
     off, state, label = _worst(at, [x.sigma_aux for x in levels])
     if off < EXACT:
         return max(off, rest)
-    where = f"an exact model's state stands at {state:.4f} and is labelled {label:.4f}"
     why = ALPHA
     if off < TABLE:
         why = "is the label rounded to a table of timesteps? Give the model its exact level"
     for name, level in STATE_FAULTS.items():
         if _worst(at, [level(x) for x in levels])[0] < 10 * EXACT:
             why = name
-    raise ValueError(f"{where}: {why}")
+    where = f"stands at {state:.4f} and is labelled {label:.4f}"
+    raise ValueError(f"an exact model's state {where}: {why}")
 
 
 def _check_calls(points: list[Point], model: _Model) -> None:
@@ -228,7 +226,7 @@ def _check_calls(points: list[Point], model: _Model) -> None:
                              "belongs to the rollout alone, points are trained with cond")
 
 
-def _check_targets(points: list[Point], levels: list[Levels], z0: Tensor, z1: Tensor) -> float:
+def _check_targets(points: list[Point], z0: Tensor, z1: Tensor) -> float:
     """All must be (z_aux - z0) / sigma_aux, to float32's error before the division."""
     off = 0.0
     for z, sigma, target in points:

@@ -141,9 +141,8 @@ def check_velocity(
     if least < 0.9 * given:
         mend = output.replace("V", f"velocity(z, {time}, cond)")
         wrong = " and ".join(filter(None, (OUTPUTS[output][0], TIMES[time][0])))
-        raise ValueError(
-            f"{found}, {mend} has {least:.2f}: {wrong}; let the adapter return the latter"
-        )
+        wrong += "; let the adapter return the latter"
+        raise ValueError(f"{found}, {mend} has {least:.2f}: {wrong}")
     if change < 1e-6 and other_cond is not None:
         raise ValueError(
             f"{found}, and the same values for cond and other_cond: the model ignores its "

@@ -15,13 +15,13 @@ are put right for a CPU.
 the same noise and levels. SOAR "ran", with the recipe's settings: seven terms, whose sum is
 returned and finite; gradients in every weight that the trainer's own loss reaches, which are those
 of one sum, where the recipe goes term by term; a rollout that is guided, by another text; and each
-version of WRONG, which is the recipe with one mistake, has another loss. Prints rows of the page's
+version of it in TRAINERS, with one mistake, has another loss. Prints rows of the page's
 last table.
 """
 
 import argparse
 import contextlib
-import dataclasses
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -42,7 +42,7 @@ from torch import Tensor
 
 import soar
 from experiments.environment import environment, run
-from experiments.port.run_recipes import HERE, PAGE, Z_IMAGE
+from experiments.port.run_recipes import HERE, PAGE, SMALL
 
 FILES = HERE / "recipes"
 BATCH = 2
@@ -136,27 +136,17 @@ class Recipe:
         return sys.modules[name]
 
 
-@dataclasses.dataclass
-class Seen:
-    """A loss; of soar.py's making, the losses of its terms, and whether the rollout was guided."""
-
-    loss: Tensor | None = None
-    terms: list[float] = dataclasses.field(default_factory=list)
-    guided: bool = False
-
-
 def called(
     loss: Callable, noise: Tensor, lambda_aux: float = 1.0, *, edits=(), one_sum: bool = False
-) -> Seen:
+) -> SimpleNamespace:
     """The loss where soar.py and the trainer draw this noise, and lambda_aux is by default another;
-    edits, one_sum: of the Recipe."""
-    fields = [("lambda_aux", float, lambda_aux)]
-    config = dataclasses.make_dataclass("SoarConfig", fields, bases=(soar.SoarConfig,), frozen=True)
-    draw, terms, guided_velocity = soar.draw, soar.soar_terms, soar.guided_velocity
-    seen = Seen()
+    of soar.py's making, the losses of its terms, and whether the rollout was guided. edits,
+    one_sum: of the Recipe."""
+    draw, soar_terms, guided_velocity = soar.draw, soar.soar_terms, soar.guided_velocity
+    seen = SimpleNamespace(terms=[], guided=False)
 
     def seen_terms(*args, **options):
-        for term in terms(*args, **options):
+        for term in soar_terms(*args, **options):
             seen.terms.append(term.loss.item())
             yield term
 
@@ -164,14 +154,14 @@ def called(
         seen.guided = not torch.equal(v_uncond, v)
         return guided_velocity(v_uncond, v, scale)
 
-    ours = {"SoarConfig": config, "soar_terms": seen_terms, "guided_velocity": seen_guidance}
+    ours = {"soar_terms": seen_terms, "guided_velocity": seen_guidance}
+    ours["SoarConfig"] = functools.partial(soar.SoarConfig, lambda_aux=lambda_aux)
     ours["draw"] = lambda *x: draw(*x)._replace(z1=noise.float())
     torch.manual_seed(5)  # of the trainer's levels
-    with mock.patch.multiple(soar, **ours), mock.patch.multiple(
-        Recipe, edits=edits, one_sum=one_sum
-    ):
-        with mock.patch("torch.randn_like", lambda *_, **__: noise):
-            seen.loss = loss()
+    recipe = mock.patch.multiple(Recipe, edits=edits, one_sum=one_sum)
+    randn_like = mock.patch("torch.randn_like", lambda *_, **__: noise)
+    with mock.patch.multiple(soar, **ours), recipe, randn_like:
+        seen.loss = loss()
     return seen
 
 
@@ -287,10 +277,10 @@ def diffsynth(checkout: Path, dtype: torch.dtype) -> Trainer:
         return {"prompt_embeds": [randn(len(prompt), 6, 16).to(dtype)]}
 
     ZImageUnit_PromptEmbedder.process = prompt_embeds
-    model = filled(ZImageDiT(**Z_IMAGE), dtype)
+    model = filled(ZImageDiT(**SMALL["ZImageTransformer2DModel"]), dtype)
     model.t_embedder.mlp.register_forward_pre_hook(lambda _, x: x[0].to(dtype))  # always bf16 there
     latents, noise = latents_and_noise(1, 16, 8, 8, dtype=dtype)
-    file = checkout / "examples" / "z_image" / "model_training" / "train.py"
+    file = checkout / "examples/z_image/model_training/train.py"
     old = "lambda pipe, inputs_shared, inputs_posi, inputs_nega: FlowMatchSFTLoss(pipe, "
     old = f'"sft": {old}**inputs_shared, **inputs_posi),'
     new = '"sft": lambda pipe, *inputs: soar_sft_loss(pipe, *inputs),'
@@ -386,7 +376,7 @@ def sd_scripts(checkout: Path, dtype: torch.dtype) -> Trainer:
 def ai_toolkit(checkout: Path, dtype: torch.dtype) -> Trainer:
     """SDTrainer.train_single_accumulation of a ZImageModel, with a mask."""
     package = sys.modules["extensions_built_in.diffusion_models"] = ModuleType("diffusion_models")
-    package.__path__ = [str(checkout / "extensions_built_in" / "diffusion_models")]  # but not all
+    package.__path__ = [str(checkout / "extensions_built_in/diffusion_models")]  # but not all
     from extensions_built_in.diffusion_models.z_image.z_image import ZImageModel
     from toolkit.config_modules import ModelConfig, TrainConfig
     from toolkit.models.v2.z_image import ZImageTransformer2DModel
@@ -396,7 +386,7 @@ def ai_toolkit(checkout: Path, dtype: torch.dtype) -> Trainer:
     def text(seed, rows):
         return PromptEmbeds([list(randn(seed, rows, 6, 16).to(dtype)), None])
 
-    model = filled(ZImageTransformer2DModel(**Z_IMAGE), dtype)
+    model = filled(ZImageTransformer2DModel(**SMALL["ZImageTransformer2DModel"]), dtype)
     latents, noise = latents_and_noise(BATCH, 16, 8, 8, dtype=dtype)
     name = next(name for name, x in DTYPES.items() if x == dtype)
     sd = ZImageModel("cpu", ModelConfig(name_or_path="", arch="zimage"), dtype=name)
@@ -523,13 +513,10 @@ def ltx_video(checkout: Path, dtype: torch.dtype) -> Trainer:
     sizes = {"num_frames": 2, "height": 3, "width": 4}
     mask = torch.ones(BATCH, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    batch = {
-        "latents": {name: torch.full((BATCH,), x) for name, x in sizes.items()},
-        "conditions": {
-            "prompt_embeds": randn(2, BATCH, 5, 8).to(dtype), "prompt_attention_mask": mask
-        },
-    }
+    batch = {"latents": {name: torch.full((BATCH,), x) for name, x in sizes.items()}}
     batch["latents"]["latents"] = latents
+    text = {"prompt_embeds": randn(2, BATCH, 5, 8).to(dtype), "prompt_attention_mask": mask}
+    batch["conditions"] = text
     tokens = SimpleNamespace(input_ids=torch.zeros(1, 5), attention_mask=torch.ones(1, 5))
     text_encoder = mock.Mock(device=CPU, dtype=torch.float32, return_value=(randn(3, 1, 5, 8),))
     settings = SimpleNamespace(negative_prompt="", inference_steps=50, guidance_scale=3.5)
@@ -608,9 +595,7 @@ def unirl(checkout: Path, dtype: torch.dtype) -> Trainer:
     pipeline = SimpleNamespace(diffusion=stage, text_embed=embed)
     latents, noise = latents_and_noise(BATCH, 16, 8, 8)
     normal = torch.randn
-
-    def given(shape, **options):
-        return noise if shape == noise.shape else normal(shape, **options)
+    given = lambda shape, **x: noise if shape == noise.shape else normal(shape, **x)  # noqa: E731
 
     def step(kind):
         algorithm = kind(
@@ -667,39 +652,27 @@ def flow_matching(checkout: Path, dtype: torch.dtype) -> Trainer:
     return Trainer(noise, step, lambda: step(*recipe), net)
 
 
-TRAINERS = {  # option: its driver, and name on the page
-    "diffsynth": (diffsynth, "DiffSynth-Studio, `FlowMatchSFTLoss`"),
-    "musubi": (musubi, "musubi-tuner, `process_batch`"),
-    "ai_toolkit": (ai_toolkit, "ai-toolkit, `train_single_accumulation`"),
-    "simpletuner": (simpletuner, "SimpleTuner, `_compute_model_prediction_loss`"),
-    "sd_scripts": (sd_scripts, "sd-scripts, `process_batch`"),
-    "onetrainer": (onetrainer, "OneTrainer, `predict`"),
-    "ltx_video": (ltx_video, "LTX-Video-Trainer, `_training_step`"),
-    "diffusion_pipe": (diffusion_pipe, "diffusion-pipe, `SD3Pipeline`"),
-    "unirl": (unirl, "UniRL, `FlowMatchSFT`"),
-    "flow_matching": (flow_matching, "flow_matching, `train_one_epoch`"),
-}
-WRONG = {  # mistakes in a recipe that change its loss
-    "diffsynth": [
-        ("timestep=(1000 * sigma)", "timestep=(sigma)"), ("cond, uncond,", "cond, cond,"),
-    ],
-    "musubi": [("1000 * sigma + offset", "1000 * sigma"), ("[empty] * len", "[empty * 0] * len")],
-    "ai_toolkit": [("1000 * sigma, cond", "sigma, cond"), ("mask.sqrt()", "mask")],
-    "simpletuner": [('new["timesteps"] =', 'new["times"] =')],
-    "sd_scripts": [("w * sigma**2", "w"), ("context=cond[0]", "context=0 * cond[0]")],
-    "onetrainer": [("1000 * sigma - 1", "1000 * sigma"), ("(timestep + 1)", "timestep")],
-    "ltx_video": [
-        ("torch.where(known, 0, ", "torch.where(known, 1000, "), ("1 / free", "0 * free + 1"),
-    ],
-    "diffusion_pipe": [
-        ("(z.detach(), 1000 * sigma", "(z.detach(), sigma"), ("timestep / 1000", "timestep / 2000"),
-    ],
-    "unirl": [
-        ('"sigma": sigma,', '"sigma": 1 - sigma,'), ("guidance_scale=4.5", "guidance_scale=1.5"),
-    ],
-    "flow_matching": [
-        ("-model(z, 1 - sigma", "model(z, 1 - sigma"), ("1 - t, config", "t, config"),
-    ],
+TRAINERS = {  # option: its driver; name on the page; mistakes in the recipe that change its loss
+    "diffsynth": (diffsynth, "DiffSynth-Studio, `FlowMatchSFTLoss`", [
+        ("timestep=(1000 * sigma)", "timestep=(sigma)"), ("cond, uncond,", "cond, cond,")]),
+    "musubi": (musubi, "musubi-tuner, `process_batch`", [
+        ("1000 * sigma + offset", "1000 * sigma"), ("[empty] * len", "[empty * 0] * len")]),
+    "ai_toolkit": (ai_toolkit, "ai-toolkit, `train_single_accumulation`", [
+        ("1000 * sigma, cond", "sigma, cond"), ("mask.sqrt()", "mask")]),
+    "simpletuner": (simpletuner, "SimpleTuner, `_compute_model_prediction_loss`", [
+        ('new["timesteps"] =', 'new["times"] =')]),
+    "sd_scripts": (sd_scripts, "sd-scripts, `process_batch`", [
+        ("w * sigma**2", "w"), ("context=cond[0]", "context=0 * cond[0]")]),
+    "onetrainer": (onetrainer, "OneTrainer, `predict`", [
+        ("1000 * sigma - 1", "1000 * sigma"), ("(timestep + 1)", "timestep")]),
+    "ltx_video": (ltx_video, "LTX-Video-Trainer, `_training_step`", [
+        ("torch.where(known, 0, ", "torch.where(known, 1000, "), ("1 / free", "0 * free + 1")]),
+    "diffusion_pipe": (diffusion_pipe, "diffusion-pipe, `SD3Pipeline`", [
+        ("detach(), 1000 * sigma", "detach(), sigma"), ("timestep / 1000", "timestep / 2000")]),
+    "unirl": (unirl, "UniRL, `FlowMatchSFT`", [
+        ('"sigma": sigma,', '"sigma": 1 - sigma,'), ("guidance_scale=4.5", "guidance_scale=1.5")]),
+    "flow_matching": (flow_matching, "flow_matching, `train_one_epoch`", [
+        ("-model(z, 1 - sigma", "model(z, 1 - sigma"), ("1 - t, config", "t, config")]),
 }  # fmt: skip
 ROUNDED = {  # of trainers that round their times: what makes the recipe do so, to compare
     "ltx_video": [("1000 * sigma.unsqueeze(1)", "(1000 * sigma).round().unsqueeze(1)")],
@@ -710,7 +683,7 @@ NO_BF16 = {"flow_matching"}  # in float32 under CUDA's autocast, which a CPU doe
 def row(name: str, checkout: str) -> str:
     """A line of the page's last table. In a process of its own: two trainers have packages of the
     same name."""
-    driver, title = TRAINERS[name]
+    driver, title, wrong = TRAINERS[name]
     folder = Path(checkout)
     sys.path[:0] = [str(folder), str(folder / "src"), str(folder / "examples" / "image")]
     sys.meta_path.insert(0, Absent())
@@ -723,7 +696,7 @@ def row(name: str, checkout: str) -> str:
                 continue
             trainer = driver(folder, dtype)
             cells.append(f"{off(trainer, *ROUNDED.get(name, [])):.0e}")
-            failed += failures(trainer, WRONG[name], dtype)
+            failed += failures(trainer, wrong, dtype)
     return f"| {' | '.join(cells)} | {'no: ' + '; '.join(failed) if failed else 'yes'} |"
 
 

@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -74,68 +73,47 @@ def edited(script: str, heading: str, *, self_test: bool) -> str:
     return script[:start] + recipe + script[end + len(LAST) :]
 
 
-# --- Small models of the real classes ---
-
-Z_IMAGE = {
-    "in_channels": 16, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2,
-    "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32],
+SMALL = {  # of the real classes
+    "FluxTransformer2DModel": {
+        "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 32,
+        "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+    },
+    "Flux2Transformer2DModel": {
+        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
+        "timestep_guidance_channels": 256, "axes_dims_rope": [4, 4, 4, 4],
+    },
+    "QwenImageTransformer2DModel": {
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 1,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
+        "axes_dims_rope": (8, 4, 4),
+    },
+    "ZImageTransformer2DModel": {
+        "in_channels": 16, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32],
+    },
+    "AutoencoderKLFlux2": {
+        "sample_size": 32, "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3, "block_out_channels": (4, 4, 4),
+        "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1,
+    },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1,
+        "temperal_downsample": [False, True], "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4,
+    },
 }  # fmt: skip
 
 
-def flux() -> torch.nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=32,
-        guidance_embeds=True, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-
-
-def flux2() -> torch.nn.Module:
-    return diffusers.Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=256,
-        axes_dims_rope=[4, 4, 4, 4],
-    )  # fmt: skip
-
-
-def qwen(channels: int = 16) -> torch.nn.Module:
-    return diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=channels, out_channels=channels // 4, num_layers=1,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )  # fmt: skip
-
-
-def z_image() -> torch.nn.Module:
-    return diffusers.ZImageTransformer2DModel(**Z_IMAGE)
-
-
-def shapes_vae() -> torch.nn.Module:
-    vae = diffusers.AutoencoderKL.from_pretrained(DATA / "model", subfolder="vae")
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.05)
-    return vae
-
-
-def flux2_vae() -> torch.nn.Module:
-    return diffusers.AutoencoderKLFlux2(
-        sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(4, 4, 4),
-        layers_per_block=1, latent_channels=4, norm_num_groups=1,
-    )  # fmt: skip
-
-
-def qwen_vae() -> torch.nn.Module:
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1,
-        temperal_downsample=[False, True], latents_mean=[0.1] * 4, latents_std=[0.9] * 4,
-    )  # fmt: skip
+def small(name: str, **other) -> torch.nn.Module:
+    return getattr(diffusers, name)(**SMALL[name] | other)
 
 
 class Script(NamedTuple):
     file: str
     heading: str  # of the page
-    transformer: Callable | None = None  # None: the whole pipeline is the shapes world's
-    vae: Callable | None = None
+    transformer: str = ""  # "": the whole pipeline is the shapes world's
+    vae: str = ""  # "": the shapes world's
     scheduler: dict = {}
     stubs: tuple[str, ...] = ()  # loaded from the pipeline's folder: see Text
 
@@ -147,35 +125,42 @@ SCRIPTS = {
     "sd3": Script("train_dreambooth_sd3.py", "Stable Diffusion 3"),
     "sd3_lora": Script("train_dreambooth_lora_sd3.py", "Stable Diffusion 3"),
     "flux_lora": Script(
-        "train_dreambooth_lora_flux.py", "Flux.1", flux, shapes_vae, FLUX,
+        "train_dreambooth_lora_flux.py", "Flux.1", "FluxTransformer2DModel", "", FLUX,
         ("FluxPipeline", "CLIPTokenizer", "T5TokenizerFast",
          "import_model_class_from_model_name_or_path"),
     ),
     "flux2_lora": Script(
-        "train_dreambooth_lora_flux2.py", "Flux.2", flux2, flux2_vae, FLUX,
+        "train_dreambooth_lora_flux2.py", "Flux.2", "Flux2Transformer2DModel",
+        "AutoencoderKLFlux2", FLUX,
         ("Flux2Pipeline", "PixtralProcessor", "Mistral3ForConditionalGeneration"),
     ),
     "qwen_lora": Script(
-        "train_dreambooth_lora_qwen_image.py", "Qwen-Image", qwen, qwen_vae, QWEN,
+        "train_dreambooth_lora_qwen_image.py", "Qwen-Image", "QwenImageTransformer2DModel",
+        "AutoencoderKLQwenImage", QWEN,
         ("QwenImagePipeline", "Qwen2Tokenizer", "Qwen2_5_VLForConditionalGeneration"),
     ),
     "z_image_lora": Script(
-        "train_dreambooth_lora_z_image.py", "Z-Image", z_image, shapes_vae, {"shift": 3.0},
-        ("ZImagePipeline", "Qwen2Tokenizer", "Qwen3Model"),
+        "train_dreambooth_lora_z_image.py", "Z-Image", "ZImageTransformer2DModel", "",
+        {"shift": 3.0}, ("ZImagePipeline", "Qwen2Tokenizer", "Qwen3Model"),
     ),
 }  # fmt: skip
 
 
 def save_pipeline(script: Script, folder: Path) -> None:
     torch.manual_seed(0)
-    if script.transformer is None:
+    if not script.transformer:
         shutil.copytree(DATA / "model", folder)
         return
-    transformer = script.transformer()
+    transformer = small(script.transformer)
     for parameter in transformer.parameters():  # zeros of a fresh model would hide mistakes
         parameter.data += 0.05 * torch.randn(parameter.shape)
     transformer.save_pretrained(folder / "transformer")
-    script.vae().save_pretrained(folder / "vae")
+    if script.vae:
+        vae = small(script.vae)
+    else:
+        vae = diffusers.AutoencoderKL.from_pretrained(DATA / "model", subfolder="vae")
+        vae.register_to_config(scaling_factor=1.0, shift_factor=0.05)
+    vae.save_pretrained(folder / "vae")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**script.scheduler)
     scheduler.save_pretrained(folder / "scheduler")
 
@@ -219,7 +204,7 @@ def encode_prompt(text_encoders, tokenizers, prompt, *_):
 
 
 def source(checkout: Path, name: str) -> str:
-    return (checkout / "examples" / "dreambooth" / SCRIPTS[name].file).read_text()
+    return (checkout / "examples/dreambooth" / SCRIPTS[name].file).read_text()
 
 
 def save_images(folder: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import soar
 from experiments.port.run_hooks import (
-    BATCH, WRONG, Recipe, Trainer, called, failures, gradients, latents_and_noise, off, randn, sd3,
+    BATCH, TRAINERS, Recipe, Trainer, called, failures, gradients, latents_and_noise, off, randn,
+    sd3,
 )  # fmt: skip
 from experiments.port.run_recipes import PAGE
 
@@ -413,9 +414,9 @@ def patch(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("stub", STUBS, ids=lambda stub: stub.__name__)
 def test_recipe_is_its_loss_at_lambda_zero_and_takes_a_soar_step(stub, patch):
-    trainer = stub(patch)
+    trainer, (*_, wrong) = stub(patch), TRAINERS[stub.__name__]
     assert off(trainer) < 1e-5
-    assert failures(trainer, WRONG[stub.__name__], torch.float32) == []
+    assert failures(trainer, wrong, F32) == []
 
 
 @pytest.mark.parametrize("stub, settings", [

@@ -21,9 +21,8 @@ from diffusers import (
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 import soar
-from experiments.port import run_recipes
 from experiments.port.run_hooks import BATCH, randn, sd3
-from experiments.port.run_recipes import edited
+from experiments.port.run_recipes import FLUX, QWEN, edited, small
 
 STUB = '''
 def main(args, accelerator, transformer, model_input, indices, noise_scheduler_copy, {names}):
@@ -67,14 +66,17 @@ MODULE = {
 
 
 class Script:
-    """The script's own forward; build, its model; given, the names at the place of the loss;
+    """The script's own forward; its model; given, the names at the place of the loss;
     first_step(z1): the pipeline from z1 to its second noise level."""
 
-    shift = {"shift": 3.0}
+    shift, model, sizes = {"shift": 3.0}, "", {}
 
     def __init__(self, dtype=torch.float32):
         torch.manual_seed(0)
-        self.model = self.build()
+        if self.model:
+            self.model = small(self.model, **self.sizes)
+        else:
+            self.model = sd3(SD3Transformer2DModel, torch.float32)
         for parameter in self.model.parameters():  # zeros of a fresh model would hide mistakes
             if parameter.dim() < 2:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -126,7 +128,6 @@ class SD3(Script):
         )[0]
     """
     heading = "Stable Diffusion 3"
-    build = staticmethod(lambda: sd3(SD3Transformer2DModel, torch.float32))
 
     def given(self, dtype):
         self.empty = randn(12, 1, 5, 8).to(dtype), randn(13, 1, 8).to(dtype)
@@ -157,7 +158,7 @@ class Flux(Script):
         )[0]
         model_pred = FluxPipeline._unpack_latents(model_pred, 64, 64, vae_scale_factor=8)
     """
-    heading, shift, build = "Flux.1", run_recipes.FLUX, staticmethod(run_recipes.flux)
+    heading, shift, model = "Flux.1", FLUX, "FluxTransformer2DModel"
 
     def given(self, dtype):
         ids = FluxPipeline._prepare_latent_image_ids(BATCH, 4, 4, "cpu", dtype)
@@ -182,7 +183,7 @@ class Flux2(Script):
         )[0]
         model_pred = Flux2Pipeline._unpack_latents_with_ids(model_pred, model_input_ids)
     """
-    heading, shift, build = "Flux.2", run_recipes.FLUX, staticmethod(run_recipes.flux2)
+    heading, shift, model = "Flux.2", FLUX, "Flux2Transformer2DModel"
 
     def given(self, dtype):
         latents, text = randn(1, BATCH, 16, 4, 4), randn(10, BATCH, 5, 16).to(dtype)
@@ -211,8 +212,8 @@ class Qwen(Script):
         model_pred = QwenImagePipeline._unpack_latents(model_pred, 64, 64, 8)
         del img_shapes
     """
-    heading, shift = "Qwen-Image", run_recipes.QWEN
-    build = staticmethod(lambda: run_recipes.qwen(64))
+    heading, shift, model = "Qwen-Image", QWEN, "QwenImageTransformer2DModel"
+    sizes = {"in_channels": 64, "out_channels": 16}
 
     def given(self, dtype):
         mask = torch.ones(BATCH, 5, dtype=torch.bool)
@@ -240,7 +241,7 @@ class ZImage(Script):
         )[0]
         model_pred = -torch.stack(model_pred, dim=0).squeeze(2)
     """
-    heading, build = "Z-Image", staticmethod(run_recipes.z_image)
+    heading, model = "Z-Image", "ZImageTransformer2DModel"
 
     def given(self, dtype):
         self.empty = [randn(12, 4, 16).to(dtype)]
