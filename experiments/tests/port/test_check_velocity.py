@@ -16,13 +16,10 @@ from experiments.port.check_velocity import check_velocity
 from experiments.port.run_hooks import randn
 from experiments.port.run_recipes import HERE, blocks
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, read_pairs
+from experiments.tests.port.test_check_port import rng
 from sample import encode_images, encode_prompts, load_pipeline, load_transformer
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def per_sample(sigma, like):
