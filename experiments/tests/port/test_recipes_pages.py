@@ -192,40 +192,30 @@ SCHEDULERS = {  # the published scheduler configs, the number of tokens
 }
 
 
-def shift_and_levels(name: str) -> tuple[float, torch.Tensor]:
-    """The shift, as the recipes have it, and the 40 levels that the pipeline steps through."""
-    config, tokens = SCHEDULERS[name]
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    shift, given, c = scheduler.config.shift, {}, scheduler.config
-    if c.use_dynamic_shifting:
-        lengths = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        mu = calculate_shift(tokens, *lengths)
-        if name.startswith("Flux.2"):
-            mu = compute_empirical_mu(tokens, 40)
-        shift, given = math.exp(mu), {"sigmas": np.linspace(1.0, 1 / 40, 40), "mu": mu}
-    retrieve_timesteps(scheduler, 40, "cpu", **given)
-    return shift, scheduler.sigmas[:-1].double()
-
-
 def shift_table() -> str:
+    """The shift, as the recipes have it, and the 40 levels that the pipeline steps through: ours
+    are the same but for SD3's spacing and Qwen-Image's stretch."""
     rows = ["| scheduler | shift | largest difference |", "| --- | --- | --- |"]
-    for name in SCHEDULERS:
-        shift, theirs = shift_and_levels(name)
-        ours = soar.sigma_from_t(1 - torch.arange(40) / 40, shift)
+    for name, (config, tokens) in SCHEDULERS.items():
+        scheduler = FlowMatchEulerDiscreteScheduler(**config)
+        shift, given, c = scheduler.config.shift, {}, scheduler.config
+        if c.use_dynamic_shifting:
+            lengths = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+            mu = calculate_shift(tokens, *lengths)
+            if name.startswith("Flux.2"):
+                mu = compute_empirical_mu(tokens, 40)
+            shift, given = math.exp(mu), {"sigmas": np.linspace(1.0, 1 / 40, 40), "mu": mu}
+        retrieve_timesteps(scheduler, 40, "cpu", **given)
+        theirs = scheduler.sigmas[:-1].double()
+        ours = soar.sigma_from_t(1 - torch.arange(40, dtype=torch.float64) / 40, shift)
         rows.append(f"| {name} | {shift:.3f} | {(theirs - ours).abs().max().item():.3f} |")
+        if name.startswith("Stable Diffusion 3"):  # to the sigma of its last timestep, shifted
+            t = torch.linspace(1, soar.sigma_from_t(1e-3, shift), 40, dtype=torch.float64)
+            ours = soar.sigma_from_t(t, shift)
+        if "shift_terminal" in config:
+            ours = 1 - (1 - ours) * (1 - 0.02) / (1 - ours[-1])
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
     return "\n".join(rows)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_shift_gives_the_pipelines_noise_levels_but_for_spacing_and_stretch(name):
-    shift, theirs = shift_and_levels(name)
-    t = 1 - torch.arange(40, dtype=torch.float64) / 40
-    if name.startswith("Stable Diffusion 3"):  # to the sigma of its last timestep, shifted
-        t = torch.linspace(1, soar.sigma_from_t(1e-3, shift), 40, dtype=torch.float64)
-    ours = soar.sigma_from_t(t, shift)
-    if "shift_terminal" in SCHEDULERS[name][0]:
-        ours = 1 - (1 - ours) * (1 - 0.02) / (1 - ours[-1])
-    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
 
 
 # --- The tables ---
@@ -279,18 +269,17 @@ def test_the_block_that_takes_a_checkpoint_into_diffusers_runs(tmp_path, monkeyp
 
 
 def test_commands_in_the_pages_have_flags_that_exist():
+    parse_sample = lambda x: tyro.cli(sample.Args, args=x, use_underscores=True)  # noqa: E731
+    parsers = {"train.py": train.parse, "sample.py": parse_sample}
     found = 0
     pages = "".join(path.read_text() for path in (ROOT / "README.md", RECIPES, CHECKS, EVALUATION))
     for text in re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```$", pages, re.M | re.S):
         for command in re.split(r"&&|\n", text.replace("\\\n", " ")):
             words = shlex.split(command, comments=True)
-            if "train.py" in words and "..." not in words:
-                train.parse(words[words.index("train.py") + 1 :])
-                found += 1
-            if "sample.py" in words:
-                given = words[words.index("sample.py") + 1 :]
-                tyro.cli(sample.Args, args=given, use_underscores=True)
-                found += 1
+            for script, parse in parsers.items():
+                if script in words and "..." not in words:
+                    parse(words[words.index(script) + 1 :])
+                    found += 1
     assert found >= 3
 
 
