@@ -11,24 +11,17 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import train
-from experiments.evaluate.open_elsewhere import DATA, as_downloaded, with_transformer
+from experiments.evaluate.open_elsewhere import DATA, FILE, as_downloaded, with_transformer
+from experiments.shapes.sft_vs_soar import load_base
+from experiments.tests.common import copy_pairs, train_args
 
 MODEL = DATA / "model"
-FILE = "pytorch_lora_weights.safetensors"
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def load_base() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel.from_pretrained(MODEL, subfolder="transformer").eval()
 
 
 @torch.no_grad()
 def velocity(model) -> torch.Tensor:
     """What a model says of fixed inputs."""
-    generator = rng(0)
+    generator = torch.Generator().manual_seed(0)
     return model(
         torch.randn(2, 16, 8, 8, generator=generator),
         timestep=torch.tensor([900.0, 200.0]),
@@ -40,39 +33,24 @@ def velocity(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory) -> Path:
-    """A checkpoint of train.py with --lora_rank 4, its matrices B random."""
-    model = load_base()
-    train.add_lora(model, 4, 0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng(len(name)))
-    path = tmp_path_factory.mktemp("run") / "checkpoint-000001"
-    optimizer = torch.optim.AdamW(train.trained(model).values())
-    for parameter in train.trained(model).values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    train.save_checkpoint(path, model, optimizer, {"settings": {"lora_rank": 4}})
-    return path
-
-
-def changes(final: Path) -> dict[str, torch.Tensor]:
-    """B @ A by the module's name: alpha is the rank, so the scale is 1."""
-    tensors = load_file(final / FILE)
-    names = {key.split(".lora_")[0] for key in tensors}
-    made = {}
-    for name in names:
-        product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-        made[name.removeprefix("transformer.")] = product
-    return made
+    """A checkpoint of train.py with --lora_rank 4."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = {"dataset": copy_pairs(range(4), folder / "pairs.parquet"), "learning_rate": 0.1}
+    flags |= {"max_train_steps": 1, "train_batch_size": 1, "num_aux_points": 1, "lora_rank": 4}
+    train.main(train_args(output_dir=folder / "out", **flags))
+    return folder / "out/checkpoint-000001"
 
 
 @pytest.fixture(scope="module")
 def expected(final) -> torch.Tensor:
-    """The velocity of the base whose weights W are W + B @ A."""
-    model = load_base()
+    """The velocity of the base whose weights W are W + B @ A: alpha is the rank, the scale 1."""
+    model, tensors = load_base(), load_file(final / FILE)
     before = velocity(model)
-    for name, change in changes(final).items():
-        model.get_submodule(name).weight.data += change
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            module = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            model.get_submodule(module).weight.data += b @ a
     after = velocity(model)
     assert (after - before).abs().max() > 0.1
     return after
