@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -56,7 +57,12 @@ def values_of(folder: Path, name: str) -> list[float]:
     return [row[name] for row in summary_of(folder)["rows"]]
 
 
-def table_row(printed: str, name: str) -> list[str]:
-    """The cells of a metric's row."""
+def entry(mean: float, error: float, of: str) -> dict:
+    """A row's figures in scores.json."""
+    return {"mean": pytest.approx(mean), "standard_error": pytest.approx(error), "of": of}
+
+
+def cells(printed: str, name: str) -> list[str]:
+    """Those of a metric's row in the table."""
     line = next(x for x in printed.splitlines() if x.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.split("|")[2:-1]]

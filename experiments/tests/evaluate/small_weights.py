@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertTokenizer,
-    BlipTextConfig,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-)
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from experiments.evaluate import scorers
@@ -59,16 +51,14 @@ def clip_config(patch: int, act: str) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
 
 
-def save_clip(folder: Path, config: CLIPConfig, seed: int | None) -> None:
-    """A CLIP as on the hub: weights (none without a seed), image processor, tokenizer."""
+def save_clip(folder: Path, config: CLIPConfig) -> None:
+    """What is on the hub beside a CLIP's weights."""
     config.save_pretrained(folder)
-    if seed is not None:
-        randomize(CLIPModel(config), seed).save_pretrained(folder)
-    CLIPImageProcessorPil().save_pretrained(folder)
+    transformers.CLIPImageProcessorPil().save_pretrained(folder)
     letters = "abcdefghijklmnopqrstuvwxyz'\","
     words = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
 
 
 # --- The published names ------------------------------------------------------------------------
@@ -106,17 +96,21 @@ def open_clip_tensors(model: CLIPModel) -> dict[str, Tensor]:
         "text_projection": model.text_projection.weight.T,
         "logit_scale": model.logit_scale,
     }
-    modules = {"visual.conv1": vision.embeddings.patch_embedding}
-    modules |= {"token_embedding": text.embeddings.token_embedding}
-    modules |= {"visual.ln_pre": vision.pre_layrnorm, "visual.ln_post": vision.post_layernorm}
-    modules |= {"ln_final": text.final_layer_norm}
+    modules = {
+        "visual.conv1": vision.embeddings.patch_embedding,
+        "visual.ln_pre": vision.pre_layrnorm,
+        "visual.ln_post": vision.post_layernorm,
+        "token_embedding": text.embeddings.token_embedding,
+        "ln_final": text.final_layer_norm,
+    }
     for start, tower in (("visual.", vision), ("", text)):
         for i, layer in enumerate(tower.encoder.layers):
             block, own = f"{start}transformer.resblocks.{i}.", layer.self_attn
             modules |= {block + x: layer.get_submodule(ours) for x, ours in OPEN_CLIP.items()}
             stacked = (own.q_proj, own.k_proj, own.v_proj)
-            made[f"{block}attn.in_proj_weight"] = torch.cat([x.weight for x in stacked])
-            made[f"{block}attn.in_proj_bias"] = torch.cat([x.bias for x in stacked])
+            for kind in ("weight", "bias"):
+                parts = [getattr(x, kind) for x in stacked]
+                made[f"{block}attn.in_proj_{kind}"] = torch.cat(parts)
     return made | named(modules)
 
 
@@ -125,7 +119,7 @@ class Reward(nn.Module):
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):
         super().__init__()
-        self.vision = BlipVisionModel(vision)
+        self.vision = transformers.BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         self.head = scorers.score_head(text.hidden_size)
 
@@ -143,43 +137,40 @@ class Reward(nn.Module):
         modules |= {"blip.text_encoder": self.text, "mlp.layers": self.head}
         modules |= {"blip.vision_proj": nn.Linear(8, 8), "blip.text_proj": nn.Linear(8, 8)}
         for i, layer in enumerate(self.vision.encoder.layers):
-            parts = {f"{visual}blocks.{i}.{x}": ours for x, ours in TIMM.items()}
-            modules |= {name: layer.get_submodule(ours) for name, ours in parts.items()}
-        positions = {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
-        classes = {f"{visual}cls_token": own.class_embedding}
-        return named(modules) | positions | classes | {f"{visual}pos_embed": own.position_embedding}
+            for name, ours in TIMM.items():
+                modules[f"{visual}blocks.{i}.{name}"] = layer.get_submodule(ours)
+        return named(modules) | {
+            "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None],
+            f"{visual}cls_token": own.class_embedding,
+            f"{visual}pos_embed": own.position_embedding,
+        }
 
 
 # --- The hub ------------------------------------------------------------------------------------
 
 
-def snapshot(cache: Path, source: str) -> Path:
-    """The folder of a hub id in huggingface_hub's cache."""
-    cached = cache / ("models--" + source.replace("/", "--"))
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs/main").write_text(COMMIT)
-    folder = cached / "snapshots" / COMMIT
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "clip"}')
-    return folder
-
-
 @pytest.fixture(scope="package")
 def hub(tmp_path_factory):
     """The folder or file of each source."""
-    root = tmp_path_factory.mktemp("hub")
-    ids = (scorers.PICKSCORE, scorers.CLIP_H, scorers.CLIP_L, scorers.BERT)
-    paths = {source: snapshot(root / "cache", source) for source in (*ids, *scorers.FILES)}
-    paths |= {x: paths[x] / file for x, file in scorers.FILES.items()}
+    root, paths = tmp_path_factory.mktemp("hub"), {}
+    for source in (scorers.PICKSCORE, scorers.CLIP_H, scorers.CLIP_L, scorers.BERT, *scorers.FILES):
+        cached = root / "cache" / ("models--" + source.replace("/", "--"))
+        folder = cached / "snapshots" / COMMIT
+        for made in (cached / "refs", folder):
+            made.mkdir(parents=True)
+        (cached / "refs/main").write_text(COMMIT)
+        (folder / "config.json").write_text('{"model_type": "clip"}')
+        paths[source] = folder / scorers.FILES.get(source, "")
     paths[scorers.AESTHETIC] = root / "torch/hub/checkpoints" / scorers.AESTHETIC
     paths[scorers.AESTHETIC].parent.mkdir(parents=True)
-    gelu = clip_config(14, "gelu")
-    save_clip(paths[scorers.PICKSCORE], gelu, 1)
-    save_clip(paths[scorers.CLIP_H], gelu, None)
-    save_clip(paths[scorers.CLIP_L], clip_config(32, "quick_gelu"), 2)
+    gelu, quick = clip_config(14, "gelu"), clip_config(32, "quick_gelu")
+    for source, config in ((scorers.PICKSCORE, gelu), (scorers.CLIP_L, quick)):
+        randomize(CLIPModel(config), 1).save_pretrained(paths[source])
+        save_clip(paths[source], config)
+    save_clip(paths[scorers.CLIP_H], gelu)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *" ".join(PROMPTS).split()]
-    (paths[scorers.BERT] / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
-    BertTokenizer.from_pretrained(paths[scorers.BERT]).save_pretrained(paths[scorers.BERT])
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(paths[scorers.BERT])
     clip = open_clip_tensors(randomize(CLIPModel(gelu), 3))
     torch.save({"state_dict": clip}, paths[scorers.HPS])
     torch.save(randomize(Reward(VISION, TEXT), 4).tensors(), paths[scorers.IMAGE_REWARD])

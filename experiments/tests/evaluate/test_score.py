@@ -2,25 +2,18 @@
 
 import json
 import math
-from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 from experiments.evaluate import score
 from experiments.evaluate.geneval import Column
-from experiments.tests.common import MODEL, words_of
-from experiments.tests.evaluate.folders import (
-    PROTOCOL,
-    make_folder,
-    picture,
-    run,
-    summary_of,
-    table_row,
-    values_of,
-)
+from experiments.tests.common import MODEL
+from experiments.tests.evaluate.folders import cells, entry, make_folder, run, summary_of, values_of
 from experiments.tests.evaluate.small_weights import COMMIT
 
 
@@ -52,41 +45,29 @@ def test_mean_error_and_paired_difference(tmp_path, bright, capsys):
     """Means over prompts, errors over prompts, differences image by image."""
     prompts = ["a red circle", "a blue square", "two circles"]
     folders = [make_folder(tmp_path / name, prompts, 2, i) for i, name in enumerate("ab")]
-    row = table_row(run(*folders, **bright, capsys=capsys), "aesthetic")
+    row = cells(run(*folders, **bright, capsys=capsys), "aesthetic")
     a, b = (np.reshape(values_of(folder, "aesthetic"), (3, 2)) for folder in folders)
     summary = summary_of(folders[1])
-    for got, per_image, cell, form in (
-        (summary["metrics"], b, row[2], ".4g"),
-        (summary["minus"]["metrics"], b - a, row[3], "+.3g"),
+    for found, per_prompt, cell, form in (
+        (summary["metrics"], b.mean(1), row[2], ".4g"),
+        (summary["minus"]["metrics"], (b - a).mean(1), row[3], "+.3g"),
     ):
-        per_prompt = per_image.mean(1)
-        error = per_prompt.std(ddof=1) / 3**0.5
-        assert got["aesthetic"]["mean"] == pytest.approx(per_prompt.mean())
-        assert got["aesthetic"]["standard_error"] == pytest.approx(error)
-        assert cell == f"{per_prompt.mean():{form}} ({error:.2g})"
-    assert row[0] == summary["metrics"]["aesthetic"]["of"] == "3 x 2"
-
-
-def test_a_prompt_given_five_times_is_one_prompt():
-    """As in DiffusionNFT's file of DrawBench, drawn with one image for each line."""
-    values, none = np.random.default_rng(0).normal(size=10), np.full(10, "")
-    listed = score.mean_and_error(Column(values, np.array(["a", "b"]).repeat(5), none))
-    spread = np.std([values[:5].mean(), values[5:].mean()], ddof=1) / 2**0.5
-    assert listed == pytest.approx((values.mean(), spread))
-    assert math.isnan(score.mean_and_error(Column(values, np.full(10, "a"), none))[1])
+        mean, error = per_prompt.mean(), per_prompt.std(ddof=1) / 3**0.5
+        assert found == {"aesthetic": entry(mean, error, "3 x 2")}
+        assert cell == f"{mean:{form}} ({error:.2g})"
+    assert row[0] == "3 x 2"
 
 
 def test_the_error_of_uneven_repeats_is_the_spread_over_draws_of_prompts():
     """1,500 sets of 60 prompts, 1 or 5 images of each, a prompt's images being alike."""
     generator = np.random.default_rng(0)
-    means, errors = [], []
+    found = []
     for _ in range(1500):
         counts = generator.choice([1, 5], 60)
         values = (generator.normal(size=60) + (counts == 5)).repeat(counts)
-        names = np.arange(60).astype(str).repeat(counts)
-        mean, error = score.mean_and_error(Column(values, names, np.full(len(values), "")))
-        means.append(mean)
-        errors.append(error)
+        names = np.arange(60).repeat(counts)
+        found.append(score.mean_and_error(Column(values, names, np.zeros(len(values)))))
+    means, errors = np.transpose(found)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.06)
 
 
@@ -97,7 +78,7 @@ def test_scores_of_the_same_images_and_weights_are_kept_and_no_others(tmp_path, 
     run(folder, **bright)
     assert Brightness.seen == ["red", "red", "blue", "blue"]
     assert values_of(folder, "aesthetic") == before
-    picture(999, 32, 32).save(folder / "00001/samples/00000.png")
+    Image.new("RGB", (32, 32)).save(folder / "00001/samples/00000.png")
     out = run(folder, **bright, capsys=capsys)
     assert len(Brightness.seen) == 8 and f"{folder / 'scores.json'} is of other images" in out
     after = values_of(folder, "aesthetic")
@@ -120,15 +101,8 @@ def test_scores_never_stand_under_other_weights_whenever_a_run_dies(
     """Dies at one of its writes; afterwards each score in the folder is by the weights named."""
     folders = [make_folder(tmp_path / x, ["red", "blue"]) for x in "ab"]
     run(*folders, **bright)
-    first, save, writes = values_of(folders[0], "aesthetic"), score.save_whole, []
-
-    def dying(text, path):
-        writes.append(path)
-        if len(writes) > death:
-            raise OSError("disk full")
-        save(text, path)
-
-    monkeypatch.setattr(score, "save_whole", dying)
+    first, outcomes = values_of(folders[0], "aesthetic"), [DEFAULT] * death + [OSError("disk full")]
+    monkeypatch.setattr(score, "save_whole", Mock(wraps=score.save_whole, side_effect=outcomes))
     Brightness.weights = 2
     with pytest.raises(OSError, match="disk full"):
         run(*folders, **bright)
@@ -146,26 +120,20 @@ def test_a_score_that_is_not_finite_is_refused_by_image(tmp_path, bright):
 
 
 def test_folders_that_cannot_be_scored_are_refused_by_name(tmp_path, bright):
-    good = make_folder(tmp_path / "good", ["red", "blue"])
-    empty, unfinished = tmp_path / "empty", make_folder(tmp_path / "half", ["red", "blue"])
-    empty.mkdir()
-    (unfinished / "samples.jsonl").unlink()
-    holes = make_folder(tmp_path / "holes", ["red", "blue"])
-    (holes / "00001/samples/00001.png").unlink()
+    first, image = "00000/samples/00000.png", "00001/samples/00001.png"
+    good, *bad = (make_folder(tmp_path / str(i), ["red", "blue"]) for i in range(5))
+    for folder, file in zip(bad, ("protocol.json", "samples.jsonl", image)):
+        (folder / file).unlink()
+    (bad[3] / first).write_bytes(b"no image")
     other = make_folder(tmp_path / "other", ["red", "green"])
     more = make_folder(tmp_path / "more", ["red", "blue"], 3)
-    broken = make_folder(tmp_path / "broken", ["red", "blue"])
-    (broken / "00000/samples/00000.png").write_bytes(b"no image")
-    for bad, named in (
-        (empty, "protocol.json"), (unfinished, "samples.jsonl"), (holes, "00001/samples/00001.png"),
-        (other, "different prompts"), (more, "different prompts"),
-        (broken, "00000/samples/00000.png"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=named) as error:
-            run(good, bad, **bright)
-        assert str(bad) in str(error.value)
-    with pytest.raises(SystemExit, match="^error: .*empty has no protocol.json"):
-        score.command([str(good), str(empty)])
+    named = ["protocol.json", "samples.jsonl", image, first] + 2 * ["different prompts"]
+    for folder, name in zip([*bad, other, more], named, strict=True):
+        with pytest.raises(ValueError, match=name) as error:
+            run(good, folder, **bright)
+        assert str(folder) in str(error.value)
+    with pytest.raises(SystemExit, match=f"^error: {bad[0]} has no protocol.json"):
+        score.command([str(good), str(bad[0])])
     with pytest.raises(ValueError, match="at least one FOLDER"):
         run(good / "protocol.json")
 
@@ -191,8 +159,9 @@ def test_the_table_says_under_which_protocol_and_names_other_packages(tmp_path, 
     a = make_folder(tmp_path / "a", ["red", "blue"])
     b = make_folder(tmp_path / "b", ["red", "blue"], look=1, torch="2.9.0")
     out = run(a, b, **bright, capsys=capsys)
-    assert all(f"{x} {PROTOCOL[x]}" in out for x in PROTOCOL.keys() - {"sigmas", "lora"})
-    assert "sigmas" not in out
+    said = "pipeline p, shift 3.0, seed 42, num_inference_steps 40, guidance_scale 4.5, height 512"
+    said += ", width 512, max_sequence_length 77, mixed_precision bf16, torch 2.14.1."
+    assert f"Images: {said}" in out
     assert out.splitlines()[-1] == f"{b} was drawn with torch 2.9.0 for 2.14.1."
 
 
@@ -215,33 +184,30 @@ def test_missing_weights_are_named_all_at_once(tmp_path, hub, monkeypatch):
 
 def test_a_folder_of_the_shapes_world_goes_through_every_metric(tmp_path, hub, capsys):
     """sample.py draws lines of GenEval 2's form from two names of one transformer."""
-    prompts = [{"prompt": x, "tag": "colors"} for x in ('a red circle "on"', 'a blue square "off"')]
-    prompts = [row | {"atom_count": 2, "skills": ["object", "attribute"]} for row in prompts]
+    more = {"tag": "colors", "atom_count": 2, "skills": ["object", "attribute"]}
+    rows = [{"prompt": x} | more for x in ('a red circle "on"', 'a blue square "off"')]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    transformers = ("base", Path(MODEL["pretrained_model_name_or_path"], "transformer"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transformers = ("base", MODEL["pretrained_model_name_or_path"] + "/transformer")
     flags = {"height": 64, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": 1}
     flags |= {"prompts": file, "output_dir": tmp_path / "out", "transformer": transformers}
-    sample.main(sample.tyro.cli(sample.Args, args=words_of(flags | MODEL), use_underscores=True))
+    sample.main(sample.Args(**flags, **MODEL))
     given = sorted((tmp_path / "out").iterdir())
     folders = [x for x in given if x.is_dir()]
     assert len(folders) == 2 and tmp_path / "out/compare.png" in given
+    answer = {"tag": "colors", "correct": True, "ocr": 0.5}
     for folder in folders:
-        lines = score.read_lines(folder / "samples.jsonl")
-        results = [{"filename": x["file"], "prompt": x["prompt"], "correct": True} for x in lines]
-        results = [row | {"tag": "colors", "ocr": 0.5} for row in results]
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+        answers = [row | answer | {"filename": row["file"]} for row in rows]
         for name in ("results.jsonl", "ocr.jsonl"):
-            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in results))
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in answers))
         (folder / "score_lists.json").write_text("[[0.5, 0.75], [1.0, 0.25]]")
     out = run(*given, capsys=capsys)
     names = {*score.MODEL_BASED, *score.READ}
-    for folder in folders:
-        summary = summary_of(folder)
+    for summary in map(summary_of, folders):
         assert len(summary["rows"]) == 2 and names | {"geneval colors"} < summary["metrics"].keys()
         assert all(math.isfinite(row[name]) for row in summary["rows"] for name in names)
-    minus = summary_of(folders[1])["minus"]["metrics"]
-    assert {minus[name]["mean"] for name in names} == {0}
-    assert all(table_row(out, name)[0] == "2 x 1" for name in names)
+    assert {summary["minus"]["metrics"][name]["mean"] for name in names} == {0}
+    assert all(cells(out, name)[0] == "2 x 1" for name in names)
     assert "guidance_scale 4.5" in out and "height 64" in out
-    identity = summary_of(folders[0])["scorers"]["pickscore"]
-    assert f"yuvalkirstain/PickScore_v1 commit {COMMIT}; " in identity
+    assert f"yuvalkirstain/PickScore_v1 commit {COMMIT}; " in summary["scorers"]["pickscore"]
