@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from experiments.evaluate import score
@@ -17,35 +16,31 @@ PROTOCOL |= {"max_sequence_length": 77, "mixed_precision": "bf16", "torch": "2.1
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
     """Smooth colours, as noise would not survive resizing."""
-    small = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(seed))[None]
-    pixels = F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)[0]
-    return Image.fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def make_folder(
-    path: Path, prompts: list[str], images: int = 2, look: int = 0, rows: tuple = (), **protocol
-) -> Path:
-    """Each from weights of its own; rows: the lines of the prompt file, if they hold more."""
+def make_folder(path: Path, prompts: list, images: int = 2, look: int = 0, **protocol) -> Path:
+    """Each from weights of its own; prompts: texts, or lines of a prompt file that hold more."""
     path.mkdir(parents=True, exist_ok=True)
     lines = []
     own = {"from": {"transformer": path.name}, "transformer": path.name}
     (path / "protocol.json").write_text(json.dumps(own | PROTOCOL | protocol))
     for i, prompt in enumerate(prompts):
+        row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        (path / f"{i:05d}/samples").mkdir(parents=True, exist_ok=True)
+        (path / f"{i:05d}/metadata.jsonl").write_text(json.dumps(row) + "\n")
         for j in range(images):
             file = f"{i:05d}/samples/{j:05d}.png"
-            (path / file).parent.mkdir(parents=True, exist_ok=True)
             picture(100 * look + 10 * i + j, 32, 32).save(path / file)
-            line = {"file": file, "prompt": prompt, "prompt_index": i, "image_index": j}
+            line = {"file": file, "prompt": row["prompt"], "prompt_index": i, "image_index": j}
             lines.append(json.dumps(line | {"seed": 42}) + "\n")
-        row = rows[i] if rows else {"prompt": prompt}
-        (path / f"{i:05d}/metadata.jsonl").write_text(json.dumps(row) + "\n")
     (path / "samples.jsonl").write_text("".join(lines))
     return path
 
 
-def run(*folders: Path, capsys=None, **fields) -> str:
-    args = score.Args(folders=folders, device="cpu", **fields)
-    score.main(args)
+def run(*folders: Path, metrics: tuple = ("aesthetic",), capsys=None) -> str:
+    score.main(score.Args(folders, metrics, device="cpu"))
     return capsys.readouterr().out if capsys else ""
 
 

@@ -81,16 +81,16 @@ def test_geneval_of_other_images_or_prompts_is_refused(tmp_path):
             run(folder, metrics=("geneval",))
 
 
-ATOMS = (
+ATOMS = [
     {"prompt": "a green cat", "atom_count": 3, "skills": ["count", "attribute", "object"]},
     {"prompt": "two red pigs and a car", "atom_count": 5, "skills": ["count", "object", "count"]},
     {"prompt": "six cows", "atom_count": 3, "skills": ["count", "object"]},
-)
+]
 LISTS = [[0.5, 0.25, 1.0], [0.1, 0.9, 0.0], [0.2, 0.8]]  # geometric means 0.5, 0 and 0.4
 
 
 def geneval2_folder(path: Path, images: int = 1, lists: list = ()) -> Path:
-    folder = make_folder(path, [row["prompt"] for row in ATOMS], images, rows=ATOMS)
+    folder = make_folder(path, ATOMS, images)
     if lists:
         (folder / "score_lists.json").write_text(json.dumps(lists))
     return folder

@@ -45,8 +45,8 @@ class PaddleOCR:
 
 def read(folder, paddle):
     (paddle / "paddleocr.py").write_text(PADDLE)
-    env = os.environ | {"PYTHONPATH": str(paddle)}
     words = [sys.executable, ROOT / "experiments/evaluate/ocr.py", folder]
+    env = os.environ | {"PYTHONPATH": str(paddle)}
     return subprocess.run(words, env=env, capture_output=True, text=True)
 
 
@@ -66,6 +66,6 @@ def test_ocr_is_read_in_another_environment(tmp_path, capsys):
 
 
 def test_a_prompt_without_a_text_is_refused_before_a_model_is_loaded(tmp_path):
-    done = read(make_folder(tmp_path / "half", ['a "red" sign', "a blue sign"]), tmp_path)
+    done = read(make_folder(tmp_path / "half", ['a "red" sign', 'a "blue sign']), tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert "straight double quotes" in done.stderr and "blue" in done.stderr
