@@ -9,9 +9,11 @@ from PIL import Image
 
 from experiments.evaluate import score
 
-PROTOCOL = {"pipeline": "p", "lora": None, "shift": 3.0, "sigmas": [1.0] * 40, "seed": 42}
-PROTOCOL |= {"num_inference_steps": 40, "guidance_scale": 4.5, "height": 512, "width": 512}
-PROTOCOL |= {"max_sequence_length": 77, "mixed_precision": "bf16", "torch": "2.14.1"}
+PROTOCOL = {
+    "pipeline": "p", "lora": None, "shift": 3.0, "sigmas": [1.0] * 40, "seed": 42,
+    "num_inference_steps": 40, "guidance_scale": 4.5, "height": 512, "width": 512,
+    "max_sequence_length": 77, "mixed_precision": "bf16", "torch": "2.14.1",
+}  # fmt: skip
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

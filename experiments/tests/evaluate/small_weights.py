@@ -18,16 +18,9 @@ from experiments.evaluate import scorers
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROMPTS = ["a photo of a red circle", "two blue squares and a sign"]
 PUBLISHED = (scorers.ImageReward.VISION, scorers.ImageReward.TEXT)  # which `hub` replaces
-SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
-VISION = BlipVisionConfig(**SIZES, num_attention_heads=2, image_size=224, layer_norm_eps=1e-6)
-TEXT = BlipTextConfig(
-    hidden_size=64,
-    encoder_hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    vocab_size=40,
-)
+LITTLE = {"num_hidden_layers": 1, "num_attention_heads": 1}
+VISION = BlipVisionConfig(**LITTLE, hidden_size=128, image_size=224, layer_norm_eps=1e-6)
+TEXT = BlipTextConfig(**LITTLE, hidden_size=64, encoder_hidden_size=128)
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
@@ -63,55 +56,55 @@ def save_clip(folder: Path, config: CLIPConfig) -> None:
 
 # --- The published names ------------------------------------------------------------------------
 
-OPEN_CLIP = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+OPEN_CLIP = {  # transformers' names: open_clip's
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "layer_norm": "ln_",
+    "self_attn.out_proj": "attn.out_proj",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_projection.weight": "text_projection",
 }
 TIMM = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+    "encoder.layers": "blocks",
+    "layer_norm": "norm",
+    "self_attn.projection": "attn.proj",
+    "self_attn": "attn",
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "post_layernorm": "norm",
 }
 
 
-def named(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of modules under other names."""
-    return {f"{name}.{key}": x for name, m in modules.items() for key, x in m.state_dict().items()}
+def named(module: nn.Module, start: str, names: dict[str, str]) -> dict[str, Tensor]:
+    """Its tensors, each key with what names has replaced."""
+    made = {}
+    for key, x in module.state_dict().items():
+        for own, published in names.items():
+            key = key.replace(own, published)
+        made[start + key] = x
+    return made
 
 
 def open_clip_tensors(model: CLIPModel) -> dict[str, Tensor]:
     """A CLIP in the names of open_clip."""
-    vision, text = model.vision_model, model.text_model
-    made = {
-        "visual.class_embedding": vision.embeddings.class_embedding,
-        "visual.positional_embedding": vision.embeddings.position_embedding.weight,
-        "visual.proj": model.visual_projection.weight.T,
-        "positional_embedding": text.embeddings.position_embedding.weight,
-        "text_projection": model.text_projection.weight.T,
-        "logit_scale": model.logit_scale,
-    }
-    modules = {
-        "visual.conv1": vision.embeddings.patch_embedding,
-        "visual.ln_pre": vision.pre_layrnorm,
-        "visual.ln_post": vision.post_layernorm,
-        "token_embedding": text.embeddings.token_embedding,
-        "ln_final": text.final_layer_norm,
-    }
-    for start, tower in (("visual.", vision), ("", text)):
-        for i, layer in enumerate(tower.encoder.layers):
-            block, own = f"{start}transformer.resblocks.{i}.", layer.self_attn
-            modules |= {block + x: layer.get_submodule(ours) for x, ours in OPEN_CLIP.items()}
-            stacked = (own.q_proj, own.k_proj, own.v_proj)
-            for kind in ("weight", "bias"):
-                parts = [getattr(x, kind) for x in stacked]
-                made[f"{block}attn.in_proj_{kind}"] = torch.cat(parts)
-    return made | named(modules)
+    made = named(model, "", OPEN_CLIP)
+    for name in ("visual.proj", "text_projection"):
+        made[name] = made[name].T
+    for name in [x for x in made if "q_proj" in x]:
+        parts = [made.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        made[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    return made
 
 
 class Reward(nn.Module):
@@ -131,19 +124,12 @@ class Reward(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """In the names of image-reward's class, with what it does not use."""
-        visual, own = "blip.visual_encoder.", self.vision.embeddings
-        modules = {f"{visual}patch_embed.proj": own.patch_embedding}
-        modules |= {f"{visual}norm": self.vision.post_layernorm}
-        modules |= {"blip.text_encoder": self.text, "mlp.layers": self.head}
-        modules |= {"blip.vision_proj": nn.Linear(8, 8), "blip.text_proj": nn.Linear(8, 8)}
-        for i, layer in enumerate(self.vision.encoder.layers):
-            for name, ours in TIMM.items():
-                modules[f"{visual}blocks.{i}.{name}"] = layer.get_submodule(ours)
-        return named(modules) | {
-            "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None],
-            f"{visual}cls_token": own.class_embedding,
-            f"{visual}pos_embed": own.position_embedding,
-        }
+        made = named(self.vision, "blip.visual_encoder.", TIMM)
+        made |= named(self.text, "blip.text_encoder.", {})
+        made |= named(self.head, "mlp.layers.", {})
+        for name in ("blip.vision_proj.", "blip.text_proj."):
+            made |= named(nn.Linear(8, 8), name, {})
+        return made | {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
 
 
 # --- The hub ------------------------------------------------------------------------------------
@@ -175,7 +161,7 @@ def hub(tmp_path_factory):
     torch.save({"state_dict": clip}, paths[scorers.HPS])
     torch.save(randomize(Reward(VISION, TEXT), 4).tensors(), paths[scorers.IMAGE_REWARD])
     head = randomize(scorers.score_head(24), 5)
-    torch.save(named({"layers": head}), paths[scorers.AESTHETIC])
+    torch.save(named(head, "layers.", {}), paths[scorers.AESTHETIC])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -41,30 +41,25 @@ def test_geneval_is_the_official_overall_score_where_prompts_repeat_unevenly(tmp
     assert "+0.575 (" in cells(out, "geneval")[-1]
 
 
-def test_geneval_of_one_folder_leaves_the_other_s_cells_empty(tmp_path, capsys):
+def test_geneval_is_paired_where_both_folders_have_it_of_the_same_tasks(tmp_path, capsys):
     """results.jsonl is read where it is, whatever --metrics names."""
-    folders = [make_folder(tmp_path / x, list(TASKS), 1) for x in "ab"]
-    write_results(folders[1], [True, False, True, True])
-    row = cells(run(*folders, metrics=(), capsys=capsys), "geneval")
-    assert row[:2] == ["4 x 1, 2 tasks", ""] and row[2].startswith("0.75 (") and row[3] == ""
-    scorers = [summary_of(x)["scorers"] for x in folders]
-    assert "geneval" in scorers[1] and "geneval" not in scorers[0]
-    with pytest.raises(ValueError, match=f"no results.jsonl.*\n.*evaluate_images.py {folders[0]}"):
-        run(*folders, metrics=("geneval",))
-    (folders[1] / "results.jsonl").unlink()
-    assert "| geneval" not in run(*folders, metrics=(), capsys=capsys)
-    assert not any("geneval" in row for row in summary_of(folders[1])["rows"])
-
-
-def test_geneval_of_other_tasks_is_not_paired(tmp_path):
-    """The same image, called counting in one folder and single_object in the other."""
     folders = [make_folder(tmp_path / x, list(TASKS), 1) for x in "ab"]
     for folder in folders:
         text = write_results(folder, [True, False, True, True])
     (folder / "results.jsonl").write_text(text.replace('"counting"', '"single_object"', 1))
-    run(*folders, metrics=("geneval",))
+    run(*folders, metrics=("geneval",), capsys=capsys)
     summary = summary_of(folder)
     assert summary["minus"]["metrics"] == {} and summary["metrics"].keys() > {"geneval counting"}
+    (folders[0] / "results.jsonl").unlink()
+    with pytest.raises(ValueError, match=f"no results.jsonl.*\n.*evaluate_images.py {folders[0]}"):
+        run(*folders, metrics=("geneval",))
+    row = cells(run(*folders, metrics=(), capsys=capsys), "geneval")
+    assert row == ["4 x 1, 2 tasks", "", "0.8333", ""]  # a task of one prompt: no error is known
+    scorers = [summary_of(x)["scorers"] for x in folders]
+    assert "geneval" in scorers[1] and "geneval" not in scorers[0]
+    (folder / "results.jsonl").unlink()
+    assert "| geneval" not in run(*folders, metrics=(), capsys=capsys)
+    assert not any("geneval" in row for row in summary_of(folder)["rows"])
 
 
 def test_geneval_of_other_images_or_prompts_is_refused(tmp_path):
