@@ -54,8 +54,6 @@ def save_clip(folder: Path, config: CLIPConfig) -> None:
     transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
 
 
-# --- The published names ------------------------------------------------------------------------
-
 OPEN_CLIP = {  # transformers' names: open_clip's
     "vision_model.encoder.layers": "visual.transformer.resblocks",
     "text_model.encoder.layers": "transformer.resblocks",
@@ -130,9 +128,6 @@ class Reward(nn.Module):
         for name in ("blip.vision_proj.", "blip.text_proj."):
             made |= named(nn.Linear(8, 8), name, {})
         return made | {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
-
-
-# --- The hub ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="package")

@@ -19,16 +19,14 @@ def vendi(*eigenvalues: float) -> float:
     return math.exp(-sum(x * math.log(x) for x in eigenvalues))
 
 
-def test_vendi_score_equals_cases_worked_by_hand():
+def test_measures_equal_cases_worked_by_hand():
     assert diversity.vendi_score(np.ones((5, 3))) == pytest.approx(1)
     assert diversity.vendi_score(np.diag([1.0, 2, 3, 4])) == pytest.approx(4)
     assert diversity.vendi_score(np.eye(2).repeat(2, axis=0)) == pytest.approx(2)
     # Two vectors at 60 degrees: K / 2 has the eigenvalues (1 +- 0.5) / 2.
     pair = np.array([[1, 0], [0.5, math.sqrt(0.75)]])
     assert diversity.vendi_score(pair) == pytest.approx(vendi(0.75, 0.25))
-
-
-def test_mean_distance_equals_a_right_triangles():
+    # A right triangle
     assert diversity.mean_distance(np.array([[0.0, 0], [3, 0], [0, 4]])) == pytest.approx(4)
 
 
@@ -41,21 +39,18 @@ def folders(tmp_path):
     return same, other
 
 
-def save_dino(folder) -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Dinov2Config(**size, image_size=28, patch_size=14)
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    crop = {"height": 28, "width": 28}
-    transformers.BitImageProcessorPil(size=crop, crop_size=crop).save_pretrained(folder)
-
-
 @pytest.mark.parametrize("features", ["vae", "dino", "clip"])
 def test_diversity_is_least_for_equal_images_in_any_features(
     folders, tmp_path, hub, features, monkeypatch
 ):
     """Also in batches that end within a prompt."""
     monkeypatch.setattr(diversity, "BATCH", 3)
-    save_dino(tmp_path / "dino")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Dinov2Config(**size, image_size=28, patch_size=14)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    crop = {"height": 28, "width": 28}
+    processor = transformers.BitImageProcessorPil(size=crop, crop_size=crop)
+    processor.save_pretrained(tmp_path / "dino")
     names = {"vae": VAE, "dino": tmp_path / "dino", "clip": hub[PICKSCORE]}
     same, other = diversity.measure(folders, str(names[features])).values()
     assert same.vendi == pytest.approx(1, abs=1e-3)

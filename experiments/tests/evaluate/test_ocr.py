@@ -29,8 +29,7 @@ def test_text_reward_is_flow_grpo_s():
 PADDLE = """
 class PaddleOCR:
     def __init__(self, **flags):
-        wanted = dict(use_angle_cls=False, lang="en", use_gpu=False, show_log=False)
-        assert flags == wanted, flags
+        assert flags == dict(use_angle_cls=False, lang="en", use_gpu=False, show_log=False)
         print("loaded")
     def ocr(self, image, cls):
         assert cls is False and image.dtype == "uint8" and image.ndim == 3
@@ -60,9 +59,6 @@ def test_ocr_is_read_in_another_environment(tmp_path, capsys):
     Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "00002/samples/00000.png")
     with pytest.raises(ValueError, match="00002/samples/00000.png has changed"):
         run(folder, metrics=("ocr",))
-
-
-def test_a_prompt_without_a_text_is_refused_before_a_model_is_loaded(tmp_path):
     done = read(make_folder(tmp_path / "half", ['a "red" sign', 'a "blue sign']), tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1 and done.stdout == ""  # before a model is loaded
     assert "straight double quotes" in done.stderr and "blue" in done.stderr

@@ -33,13 +33,14 @@ def bright(monkeypatch) -> SimpleNamespace:
     return made
 
 
-def test_mean_error_and_paired_difference(tmp_path, bright, capsys):
+def test_table_has_mean_error_paired_difference_and_protocol(tmp_path, bright, capsys):
     """Means over prompts, errors over prompts, differences image by image."""
     prompts = ["a red circle", "a blue square", "two circles"]
-    folders = [make_folder(tmp_path / name, prompts, 2, i) for i, name in enumerate("ab")]
-    row = cells(run(*folders, capsys=capsys), "aesthetic")
-    a, b = (np.reshape(values_of(folder, "aesthetic"), (3, 2)) for folder in folders)
-    summary = summary_of(folders[1])
+    first = make_folder(tmp_path / "a", prompts)
+    other = make_folder(tmp_path / "b", prompts, look=1, torch="2.9.0")
+    out = run(first, other, capsys=capsys)
+    a, b = (np.reshape(values_of(x, "aesthetic"), (3, 2)) for x in (first, other))
+    summary, row = summary_of(other), cells(out, "aesthetic")
     for found, per_prompt, cell, form in (
         (summary["metrics"], b.mean(1), row[2], ".4g"),
         (summary["minus"]["metrics"], (b - a).mean(1), row[3], "+.3g"),
@@ -48,6 +49,10 @@ def test_mean_error_and_paired_difference(tmp_path, bright, capsys):
         assert found == {"aesthetic": entry(mean, error, "3 x 2")}
         assert cell == f"{mean:{form}} ({error:.2g})"
     assert row[0] == "3 x 2"
+    said = "pipeline p, shift 3.0, seed 42, num_inference_steps 40, guidance_scale 4.5, height 512"
+    said += ", width 512, max_sequence_length 77, mixed_precision bf16, torch 2.14.1."
+    assert f"Images: {said}" in out
+    assert out.splitlines()[-1] == f"{other} was drawn with torch 2.9.0 for 2.14.1."
 
 
 def test_the_error_of_uneven_repeats_is_the_spread_over_draws_of_prompts():
@@ -138,16 +143,6 @@ def test_folders_of_other_protocols_are_refused(tmp_path, bright):
         with pytest.raises(ValueError, match=f"{b} differs from {a} by more than weights: {named}"):
             run(a, b)
     assert not (b / "scores.json").exists()
-
-
-def test_the_table_says_under_which_protocol_and_names_other_packages(tmp_path, bright, capsys):
-    a = make_folder(tmp_path / "a", ["red", "blue"])
-    b = make_folder(tmp_path / "b", ["red", "blue"], look=1, torch="2.9.0")
-    out = run(a, b, capsys=capsys)
-    said = "pipeline p, shift 3.0, seed 42, num_inference_steps 40, guidance_scale 4.5, height 512"
-    said += ", width 512, max_sequence_length 77, mixed_precision bf16, torch 2.14.1."
-    assert f"Images: {said}" in out
-    assert out.splitlines()[-1] == f"{b} was drawn with torch 2.9.0 for 2.14.1."
 
 
 def test_missing_weights_are_named_all_at_once(tmp_path, hub, monkeypatch):

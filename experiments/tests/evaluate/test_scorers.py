@@ -1,6 +1,5 @@
 """Each metric's class against its formula; the files' names and weights."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,17 +125,9 @@ def test_each_tensor_of_the_published_files_has_a_place():
     assert vision.hidden_act == text.hidden_act == "gelu"
 
 
-# --- Weights ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def other(monkeypatch, tmp_path) -> Path:
-    """In place of every source's file."""
-    monkeypatch.setattr(scorers, "locate", lambda source: tmp_path / "other.pt")
-    return tmp_path / "other.pt"
-
-
-def test_a_file_that_does_not_fit_is_refused_by_name(hub, other):
+def test_a_file_that_does_not_fit_is_refused_by_name(hub, tmp_path, monkeypatch):
+    other = tmp_path / "other.pt"
+    monkeypatch.setattr(scorers, "locate", lambda source: other)
     tensors = torch.load(hub[AESTHETIC], weights_only=True)
     for change, named in (
         (tensors | {"layers.7.weight": torch.zeros(2, 16)}, "7.weight"),
@@ -148,7 +139,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(hub, other):
             values(scorers.Aesthetic)
 
 
-def test_pickled_code_is_not_run(hub, other, tmp_path):
+def test_pickled_code_is_not_run(hub, tmp_path, monkeypatch):
+    other = tmp_path / "other.pt"
+    monkeypatch.setattr(scorers, "locate", lambda source: other)
+
     class Harm:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "harm",))
@@ -162,7 +156,7 @@ def test_pickled_code_is_not_run(hub, other, tmp_path):
 def test_a_clip_that_lacks_a_tensor_is_refused_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(scorers, "CLIP_L", str(tmp_path))
     CLIPVision.from_pretrained(hub[CLIP_L]).save_pretrained(tmp_path)
-    shutil.copy(hub[CLIP_L] / "config.json", tmp_path)
+    CLIPConfig.from_pretrained(hub[CLIP_L]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="logit_scale"):
         values(scorers.ClipScore)
 
