@@ -1,7 +1,5 @@
 """experiments.shapes.build, and the committed pipeline as a user loads it."""
 
-import json
-
 import diffusers
 import numpy as np
 import pytest
@@ -11,34 +9,30 @@ from safetensors.torch import load_file
 from experiments.shapes import build, draw
 from experiments.shapes.detect import score_image
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH
+from sample import read_prompts
 
-PROMPTS = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
 PAIRS = draw.read_pairs()
-CAPTIONS = sorted({"", *PAIRS["text"], *(m["prompt"] for m in PROMPTS)})
+PROMPTS = [row["prompt"] for row in read_prompts(DATA / "prompts.jsonl")]
+CAPTIONS = sorted({"", *PAIRS["text"], *PROMPTS})
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(DATA / "model")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return diffusers.StableDiffusion3Pipeline.from_pretrained(DATA / "model")
 
 
 def test_a_small_build_makes_the_same_pairs_and_a_pipeline_of_the_same_parts(pipe, tmp_path):
     build.build(tmp_path, scenes=64, pairs=20, vae_steps=2, steps=2, late_steps=1)
     assert (tmp_path / "prompts.jsonl").read_text() == (DATA / "prompts.jsonl").read_text()
     written = draw.read_pairs(tmp_path / "train.parquet")
-    assert len(written) == 20
-    for i, row in enumerate(written):
-        theirs = PAIRS[i]
-        assert np.array_equal(row.pop("image"), theirs.pop("image")) and row == theirs
+    for ours, theirs in zip(written, PAIRS.select(range(20)), strict=True):
+        assert np.array_equal(ours.pop("image"), theirs.pop("image")) and ours == theirs
     made = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
     assert set(made.components) == set(pipe.components)
     for name, part in pipe.components.items():
-        ours = made.components[name]
-        assert type(ours) is type(part), name
+        assert type(made.components[name]) is type(part), name
         if isinstance(part, torch.nn.Module):
-            ours.load_state_dict(part.state_dict())  # names and shapes agree
+            made.components[name].load_state_dict(part.state_dict())  # names and shapes agree
 
 
 def test_committed_pipeline_is_float32_for_its_reader_and_half_on_disk(pipe):

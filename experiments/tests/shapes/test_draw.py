@@ -1,14 +1,14 @@
 """experiments.shapes.draw: prompts and scenes, and the committed pairs that are made of them."""
 
-import json
 import re
 
 import numpy as np
 
 from experiments.shapes import draw
 from experiments.shapes.detect import score_image
+from sample import read_prompts
 
-PROMPTS = [json.loads(line) for line in (draw.DATA / "prompts.jsonl").read_text().splitlines()]
+PROMPTS = read_prompts(draw.DATA / "prompts.jsonl")
 PAIRS = draw.read_pairs()
 NOUN, COLOR = "(circle|square|triangle|cross)", "(red|green|blue|yellow|purple|black)"
 PHRASES = {
@@ -33,15 +33,10 @@ def test_metadata_follows_genevals_schema_and_captions_its_phrasing():
             reference, placed = include
             relation, target = placed["position"]
             words = f"{placed['class']} {relation} a {reference['class']}"
-            assert m["prompt"] == f"a photo of a {words}"
-            assert target == 0
+            assert m["prompt"] == f"a photo of a {words}" and target == 0
         assert [set(clause) for clause in include] == keys
         more = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
         assert m.get("exclude") == (more if tag == "counting" else None)
-        # The prompt can be met: a scene drawn for it is correct.
-        scene = draw.make_scene(np.random.default_rng(1), m)
-        correct, *_ = score_image(draw.render(scene), m)
-        assert correct
 
 
 def test_held_out_color_attr_prompts_are_in_no_training_caption():

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def world(data) -> sft_vs_soar.World:
+def world(data):
     return small_world(data)
 
 
@@ -48,7 +49,7 @@ def test_interval_of_paired_test_is_that_of_a_mean():
 
 
 def test_chosen_prompts_are_even_over_the_tasks():
-    prompts = [json.loads(x) for x in (DATA / "prompts.jsonl").read_text().splitlines()]
+    prompts = sample.read_prompts(DATA / "prompts.jsonl")
     world = sft_vs_soar.World(*[None] * 6, prompts)
     for setting in sft_vs_soar.SETTINGS.values():
         tags = [prompts[i]["tag"] for i in sft_vs_soar.chosen(world, setting.prompts)]
@@ -56,38 +57,30 @@ def test_chosen_prompts_are_even_over_the_tasks():
 
 
 def test_arms_differ_from_the_published_settings_in_what_they_say():
-    default, found = vars(SoarConfig()), {}
-    for name, arm in sft_vs_soar.ARMS.items():
-        changed = dict(set(vars(arm.config).items()) - set(default.items()))
-        times = {"steps": arm.steps, "batch": arm.batch}
-        found[name] = changed | {key: x for key, x in times.items() if x != 1}
     sft, one_point = {"lambda_aux": 0}, {"num_aux_points": 1, "lambda_aux": 6}
-    assert found == {
-        "sft": sft,
-        "soar": {},
-        "sft_steps": sft | {"steps": 22 / 3},
-        "sft_batch": sft | {"batch": 22 / 3},
-        "soar_k1e6": {"num_sampling_steps": 10**6},
-        "soar_n1_l6": one_point,
-        "soar_n1_l6_steps": one_point | {"steps": 22 / 7},
+    arms = {  # what differs, steps, batch, compute
+        "sft": (sft, 1, 1, 3),
+        "soar": ({}, 1, 1, 22),
+        "sft_steps": (sft, 22 / 3, 1, 22),
+        "sft_batch": (sft, 1, 22 / 3, 22),
+        "soar_k1e6": ({"num_sampling_steps": 10**6}, 1, 1, 22),
+        "soar_n1_l6": (one_point, 1, 1, 7),
+        "soar_n1_l6_steps": (one_point, 22 / 7, 1, 22),
     }
-    costs = [3 * arm.compute() for arm in sft_vs_soar.ARMS.values()]
-    assert costs == pytest.approx([3, 22, 22, 22, 22, 7, 22])
+    assert list(sft_vs_soar.ARMS) == list(arms)
+    for arm, (changed, *times, units) in zip(sft_vs_soar.ARMS.values(), arms.values()):
+        assert arm.config == SoarConfig(**changed) and [arm.steps, arm.batch] == times
+        assert 3 * arm.compute() == pytest.approx(units)
     more = sft_vs_soar.Arm("", SoarConfig(guidance_scale=1.0, num_rollout_paths=2))
     assert more.compute() == pytest.approx(13)
 
 
 def test_arms_multiply_steps_and_batch(world, monkeypatch):
-    seen, inputs = [], sft_vs_soar.step_inputs
-
-    def step_inputs(*args):
-        seen.append(args[3:])
-        return inputs(*args)
-
-    monkeypatch.setattr(sft_vs_soar, "step_inputs", step_inputs)
+    inputs = Mock(wraps=sft_vs_soar.step_inputs)
+    monkeypatch.setattr(sft_vs_soar, "step_inputs", inputs)
     arm = sft_vs_soar.Arm("any", sft_vs_soar.SFT, steps=1.5, batch=2)
     sft_vs_soar.train(world, arm, TINY, 0)
-    assert seen == [(1, 4), (2, 4), (3, 4)]
+    assert [call.args[3:] for call in inputs.call_args_list] == [(1, 4), (2, 4), (3, 4)]
 
 
 def test_loss_of_each_step_equals_that_of_train_py(world, data, tmp_path, monkeypatch):
