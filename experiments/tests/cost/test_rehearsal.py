@@ -2,12 +2,10 @@
 under torch's fake process group."""
 
 import contextlib
-import gc
 import os
 import re
 import runpy
 import sys
-import traceback
 from functools import partial
 
 import pytest
@@ -20,48 +18,38 @@ from torch.utils._pytree import tree_leaves
 import sample
 import train
 from experiments.cost import bf16_products, rehearsal
-from experiments.tests.common import copy_pairs, train_args
+from experiments.tests.common import copy_pairs, fork, train_args
 
 
-def forked(words: list[str], env: dict[str, str]) -> int:
-    """In place of rehearsal.start: a fork of this process, which spares the imports."""
-    gc.collect()
-    gc.freeze()
-    if pid := os.fork():
-        gc.unfreeze()
-        return pid
-    code = 1
-    try:
-        os.environ |= env
-        torch.set_num_threads(1)
-        sys.argv = words
-        with bf16_products.Bf16Products():
-            runpy.run_path(str(rehearsal.ROOT / words[0]), run_name="__main__")
-        code = 0
-    finally:
-        traceback.print_exc()
-        os._exit(code)
+def test_rehearsal_in_little_keeps_its_promises_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def start(words: list[str], env: dict[str, str]) -> int:  # as a fork, which spares the imports
+        def action() -> None:
+            os.environ |= env
+            sys.argv = words
+            with bf16_products.Bf16Products():
+                runpy.run_path(str(rehearsal.ROOT / words[0]), run_name="__main__")
 
+        (process,) = fork(1, action, tmp_path / "log")
+        return process.pid
 
-def test_rehearsal_in_little_keeps_its_promises_and_leaves_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(rehearsal, "start", forked)
+    monkeypatch.setattr(rehearsal, "start", start)
     args = rehearsal.Args(output_dir=tmp_path / "run", blocks=2)
     rehearsal.main(args)
     assert not args.output_dir.exists()
-    rows = [x for x in capfd.readouterr().out.splitlines() if x.startswith("| ")]
+    rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| ")]
     assert [x.split(" | ")[1] for x in rows[2:]] == ["killed", "exit 0", "exit 0"]
 
 
-class SeenProducts(TorchDispatchMode):
-    """The dtypes that products are made in."""
+class Seen(TorchDispatchMode):
+    """Lists (function, [(dtype, bytes) of each tensor])."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if re.search("linear|mm|conv|attention", function._opname):
-            self.dtypes.add(args[1].dtype)
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        self.calls.append((function, [(x.dtype, x.nbytes) for x in tensors]))
         return function(*args, **(kwargs or {}))
 
 
@@ -89,34 +77,18 @@ def products_and_gradients() -> list[torch.Tensor]:
 
 def test_bf16_products_are_made_in_float32_and_are_torchs_own_to_their_rounding():
     expected = products_and_gradients()
-    with SeenProducts() as seen, bf16_products.Bf16Products():
+    with Seen() as seen, bf16_products.Bf16Products():
         found = products_and_gradients()
         with torch.inference_mode():
             attend(*factors(torch.bfloat16))
         with torch.autocast("cpu"):
             assert attend(*factors(torch.float32)).dtype == torch.bfloat16
-    assert seen.dtypes == {torch.float32}
+    products = [x for f, x in seen.calls if re.search("linear|mm|conv|attention", f._opname)]
+    assert {second for _, (second, _), *_ in products} == {torch.float32}
     for x, y in zip(found, expected):
         assert x.dtype == torch.bfloat16
         error = (x.float() - y.float()).abs().max()
         assert error <= 0.03 * y.float().abs().max(), error
-
-
-# --- Eight ranks ---
-
-
-class Sent(TorchDispatchMode):
-    """Lists (collective, bytes)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
-            self.calls.append((function._opname, sum(x.nbytes for x in tensors)))
-        return function(*args, **(kwargs or {}))
 
 
 def send(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -132,10 +104,6 @@ def test_each_gradient_is_sent_once_a_step(tmp_path, monkeypatch):
     sent = {"backward": [], "training_step": [], "greatest": []}
     sizes, make_ddp = [], train.make_ddp
 
-    def init_distributed() -> tuple[int, int, torch.device]:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-        return 0, 8, torch.device("cpu")
-
     def hooked(transformer: torch.nn.Module):
         ddp = make_ddp(transformer)
         ddp.register_comm_hook(None, send)
@@ -147,15 +115,16 @@ def test_each_gradient_is_sent_once_a_step(tmp_path, monkeypatch):
         return ""
 
     def noted(name: str, original, *args, **options) -> int:
-        with Sent() as seen:
+        with Seen() as seen:
             original(*args, **options)
-        sent[name].append(seen.calls)
+        calls = [(f._opname, x[0][1]) for f, x in seen.calls if f.namespace == "c10d"]
+        sent[name].append(calls)
         if len(sent["greatest"]) == 2:  # of the newest checkpoint's step, then of signals
             raise InterruptedError  # enough
         return 0
 
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(train, "init_distributed", init_distributed)
+    monkeypatch.setattr(train, "init_distributed", lambda: (0, 8, torch.device("cpu")))
     monkeypatch.setattr(train, "make_ddp", hooked)
     monkeypatch.setattr(train.Pairs, "check", check)
     for name in sent:
@@ -163,6 +132,7 @@ def test_each_gradient_is_sent_once_a_step(tmp_path, monkeypatch):
     flags = {"gradient_accumulation_steps": 2, "num_aux_points": 1, "train_batch_size": 1}
     pairs = copy_pairs(range(20), tmp_path / "pairs.parquet")
     args = train_args(dataset=pairs, output_dir=tmp_path / "run", **flags)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with pytest.raises(InterruptedError), contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         train.train(args, stack)

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
 import sample
 import train
@@ -31,16 +30,13 @@ def world(data):
     return small_world(data)
 
 
-def test_paired_test_agrees_with_all_sign_flips():
+def test_paired_test_agrees_with_all_sign_flips_and_its_interval_is_that_of_a_mean():
     a, b = np.array([1, 0.5, 1, 1, 0, 1, 1, 0.5]), np.array([0, 0.5, 0, 1, 0.5, 0, 0, 0])
     flips = np.array(list(itertools.product([-1, 1], repeat=8))) @ (a - b)
     exact = (np.abs(flips) >= abs((a - b).sum()) - 1e-9).mean()
     test = sft_vs_soar.paired_test(a, b)
     assert test["p"] == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000))
     assert sft_vs_soar.paired_test(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1}
-
-
-def test_interval_of_paired_test_is_that_of_a_mean():
     a = np.random.default_rng(0).normal(0.1, 1, 400)
     test = sft_vs_soar.paired_test(a, np.zeros(400))
     mean, half = a.mean(), 1.96 * a.std() / 20
@@ -84,10 +80,11 @@ def test_arms_multiply_steps_and_batch(world, monkeypatch):
 
 
 def test_loss_of_each_step_equals_that_of_train_py(world, data, tmp_path, monkeypatch):
-    flags = {"train_batch_size": 4, "max_train_steps": 2, "learning_rate": 1e-3}
+    """From the second on they are of updated weights."""
+    flags = {"train_batch_size": 4, "max_train_steps": 4, "learning_rate": 1e-3}
     flags |= {"logging_steps": 1, "seed": 5, "dataset": data / PAIRS.name}
     train.main(train_args(output_dir=tmp_path / "run", **flags))
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").open())
     losses, original = [], sft_vs_soar.soar_terms
 
     def recorded(*args, **options):
@@ -96,19 +93,11 @@ def test_loss_of_each_step_equals_that_of_train_py(world, data, tmp_path, monkey
             losses[-1] += term.loss.item()
             yield term
 
-    same = {"batch": 4, "learning_rate": 1e-3, "lr_scheduler": "constant"}
     monkeypatch.setattr(sft_vs_soar, "soar_terms", recorded)
+    same = {"steps": 4, "batch": 4, "learning_rate": 1e-3, "lr_scheduler": "constant"}
     setting = dataclasses.replace(TINY, **same)
-    ours = sft_vs_soar.train(world, sft_vs_soar.ARMS["soar"], setting, seed=5).state_dict()
-    # The second step's loss is that of updated weights.
-    assert losses == pytest.approx([json.loads(line)["loss"] for line in lines], rel=1e-5)
-    weights = "checkpoint-000002/transformer/diffusion_pytorch_model.safetensors"
-    theirs = load_file(tmp_path / "run" / weights)
-    base = sft_vs_soar.load_base().state_dict()
-    # Adam's first updates are signs of gradients: where one is nearly 0 a last bit decides.
-    gap = sum((x - ours[name]).square().sum() for name, x in theirs.items())
-    change = sum((x - base[name]).square().sum() for name, x in theirs.items())
-    assert gap < 1e-4 * change
+    sft_vs_soar.train(world, sft_vs_soar.ARMS["soar"], setting, seed=5)
+    assert losses == pytest.approx([line["loss"] for line in lines], rel=1e-5)
 
 
 def test_images_equal_those_of_sample_py(world, data, tmp_path, monkeypatch):

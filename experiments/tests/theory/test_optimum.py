@@ -7,18 +7,7 @@ import pytest
 import torch
 
 from experiments.theory import geometry, optimum
-from experiments.theory.optimum import (
-    DATA_STDS,
-    LEVELS,
-    SWEEP,
-    Args,
-    errors_of,
-    exact_flow,
-    sampled,
-    solve,
-    swept,
-    table,
-)
+from experiments.theory.optimum import LEVELS, Args, exact_flow, sampled, solve, table
 from sample import seeded
 from soar import SoarConfig, draw, interpolate, rollout_step, sigma_from_t, soar_terms
 
@@ -34,18 +23,15 @@ def batch(config: SoarConfig, data_std: float, size: int, generator: torch.Gener
     return c + data_std * n, draws._replace(t=t), {"c": c}, {}
 
 
-def slope_of(sigma, variance):
-    """E[z1 - z0 | z] is this times z where z0 ~ N(0, variance)."""
-    return (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
-
-
 def callable_of(linear, tilt=None):
     """As soar_terms takes it, the empty prompt being the marginal over prompts; tilt (2, BINS) is
     added to a and b, by the level's bin."""
 
     def velocity(z, sigma, prompt):
-        if not prompt:
-            return slope_of(sigma, 1 + linear.data_std**2)[:, None] * z
+        if not prompt:  # E[z1 - z0 | z] where z0 ~ N(0, variance)
+            variance = 1 + linear.data_std**2
+            slope = (sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2)
+            return slope[:, None] * z
         a, b = linear(sigma)
         if tilt is not None:
             bins = (torch.logit(sigma) / 1.5 + BINS / 2).clamp(0, BINS - 1).long()
@@ -55,11 +41,7 @@ def callable_of(linear, tilt=None):
     return velocity
 
 
-def soar_sum(velocity, config, *inputs):
-    return sum(term.loss for term in soar_terms(velocity, *inputs, config))
-
-
-def port_sum(velocity, config, z0, draws, cond, uncond):
+def port_loss(velocity, config, z0, draws, cond, uncond):
     """The loss of a port that interpolates by u to z1, but says that this is level sigma_aux."""
     z1, t, u = (x.double() for x in draws[:3])
     t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
@@ -77,16 +59,20 @@ def port_sum(velocity, config, z0, draws, cond, uncond):
     return total / len(z0)
 
 
-def scores(linear, config, data_std, loss=soar_sum, repeats=60, size=4000):
+def scores(linear, config, data_std, mislabelled):
     """Of every bin's a and b: the loss's mean gradient over its standard error."""
     gradients = []
-    for repeat in range(repeats):
+    for repeat in range(60):
         tilt = torch.zeros(2, BINS, dtype=torch.float64, requires_grad=True)
-        inputs = batch(config, data_std, size, seeded("optimum", repeat))
-        value = loss(callable_of(linear, tilt), config, *inputs)
+        inputs = batch(config, data_std, 4000, seeded("optimum", repeat))
+        velocity = callable_of(linear, tilt)
+        if mislabelled:
+            value = port_loss(velocity, config, *inputs)
+        else:
+            value = sum(term.loss for term in soar_terms(velocity, *inputs, config))
         gradients.append(torch.autograd.grad(value, tilt)[0].flatten())
     gradients = torch.stack(gradients)
-    return gradients.mean(0) / (gradients.std(0) / repeats**0.5 + 1e-30)
+    return gradients.mean(0) / (gradients.std(0) / 60**0.5 + 1e-30)
 
 
 @pytest.mark.parametrize("t, steps, data_std", [(0.7, 10, 0.5), (0.3, 5, 1.0), (0.1, 20, 0.3)])
@@ -107,28 +93,30 @@ def test_average_target_at_the_exact_flow_is_the_velocity_of_the_level_before(t,
     (z, sigma, before), (z_hat, sigma_next, now) = calls
     target = (now - now.grad / 2).detach()  # the loss is (now - target)^2
     torch.testing.assert_close(target, (z_hat - z0) / sigma_next[:, None])
-    inputs = torch.cat([z_hat, cond["c"]], 1)
-
-    def scores_of(velocity):
-        """Correlation of z_hat and of c with target - velocity, in standard errors."""
-        products = inputs * (target - velocity.detach())
-        return (products.mean(0) / (products.std(0) / len(z0) ** 0.5)).abs()
-
-    assert scores_of(before).max() < 4 and scores_of(now).max() > 10
+    found = []
+    for velocity in (before, now):  # the error's correlation with z_hat and c, in standard errors
+        products = torch.cat([z_hat, cond["c"]], 1) * (target - velocity.detach())
+        found.append((products.mean(0) / products.std(0)).abs().max() * len(z0) ** 0.5)
+    assert found[0] < 4 and found[1] > 10
 
 
-@pytest.mark.parametrize("data_std, settings", [
-    (0.5, {}),
-    (0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
-    (1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2.0}),
-    (1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False, "num_aux_points": 2}),
-    (0.5, {"num_rollout_paths": 3, "num_sampling_steps": 8, "guidance_scale": 1.5, "t_min": 0.02,
-           "num_aux_points": 2, "logit_mean": -3.0}),
+@pytest.mark.parametrize("mislabelled, data_std, settings", [
+    (False, 0.5, {}),
+    (False, 0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
+    (False, 1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2}),
+    (False, 1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False,
+                  "num_aux_points": 2}),
+    (False, 0.5, {"num_rollout_paths": 3, "num_sampling_steps": 8, "guidance_scale": 1.5,
+                  "t_min": 0.02, "num_aux_points": 2, "logit_mean": -3.0}),
+    (True, 0.5, {"sigma_upper_ratio": 1.5, "guidance_scale": 1.5, "num_aux_points": 2}),
 ])  # fmt: skip
-def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(data_std, settings):
+def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(
+    data_std, settings, mislabelled
+):
     config, flow = SoarConfig(**settings), exact_flow(data_std)
-    assert scores(solve(config, flow), config, data_std).abs().max() < 4.5
-    assert scores(flow, config, data_std).abs().max() > 6
+    best = solve(config, flow, mislabelled)
+    assert scores(best, config, data_std, mislabelled).abs().max() < 4.5
+    assert scores(flow, config, data_std, mislabelled).abs().max() > 6
 
 
 def test_guided_samples_start_from_the_marginal_over_prompts():
@@ -153,23 +141,14 @@ def test_any_caption_dropout_trains_the_empty_prompt_as_an_unguided_world_withou
     assert sampled(found, 200, 4.5) != sampled(optimum.optimum(SoarConfig(), 0.5), 200, 4.5)
 
 
-def test_gradient_of_the_mislabelled_loss_vanishes_at_its_own_fixed_point():
-    config = SoarConfig(sigma_upper_ratio=1.5, guidance_scale=1.5, num_aux_points=2)
-    optima = [solve(config, exact_flow(0.5), mislabelled=which) for which in (True, False)]
-    assert scores(optima[0], config, 0.5, port_sum).abs().max() < 4.5
-    assert scores(optima[1], config, 0.5, port_sum).abs().max() > 10
-
-
-@pytest.mark.parametrize("settings", [
-    {"lambda_aux": 0.0}, {"num_aux_points": 0}, {"num_sampling_steps": 10**6},
-    {"num_sampling_steps": 10**6, "num_rollout_paths": 2, "sigma_upper_ratio": 1.5},
-])  # fmt: skip
 @pytest.mark.parametrize("conditional", [True, False])
-def test_fixed_point_is_the_exact_flow_at_the_limits(settings, conditional):
+def test_fixed_point_is_the_exact_flow_at_the_limits(conditional):
     flow = exact_flow(0.5, conditional)
-    optimum = solve(SoarConfig(**settings), flow)
-    expected = sampled(flow, 200, 4.5)
-    assert sampled(optimum, 200, 4.5) == pytest.approx(expected, abs=1e-3)
+    expected = pytest.approx(sampled(flow, 200, 4.5), abs=1e-3)
+    short = {"num_sampling_steps": 10**6}
+    several = short | {"num_rollout_paths": 2, "sigma_upper_ratio": 1.5}
+    for settings in ({"lambda_aux": 0.0}, {"num_aux_points": 0}, short, several):
+        assert sampled(solve(SoarConfig(**settings), flow), 200, 4.5) == expected
 
 
 @pytest.mark.parametrize("data_std, settings, mislabelled, tolerance", [
@@ -197,7 +176,8 @@ def test_errors_by_level_are_those_of_drawn_latents_and_of_their_means():
     for z0 in (c + noise * n, c):
         v = a * ((1 - sigma) * z0 + sigma * z1) + b * c
         found.append(((v - (z1 - z0)) ** 2).mean(0))
-    torch.testing.assert_close(errors_of(best, noise, sigma), torch.stack(found), rtol=0.02, atol=0)
+    expected = optimum.errors_of(best, noise, sigma)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0)
 
 
 def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsys):
@@ -207,12 +187,12 @@ def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsy
     optimum.main(Args(levels=file))
     lines = capsys.readouterr().out.splitlines()
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    slopes = [
-        optimum.optimum(SoarConfig(), x)(sigma)[0] - exact_flow(x)(sigma)[0] for x in (0.25, 0.5)
-    ]
-    weights = [((1 - sigma) * x) ** 2 + sigma**2 for x in (0.25, 0.5)]
-    expected = sum(map(torch.mul, slopes, weights)) / sum(weights)
-    cells = " | ".join(f"{x:+.4f}" for x in expected.tolist())
+    expected, weights = 0, 0
+    for noise in (0.25, 0.5):
+        weight = ((1 - sigma) * noise) ** 2 + sigma**2
+        slope = optimum.optimum(SoarConfig(), noise)(sigma)[0] - exact_flow(noise)(sigma)[0]
+        expected, weights = expected + weight * slope, weights + weight
+    cells = " | ".join(f"{x:+.4f}" for x in (expected / weights).tolist())
     assert lines[-1] == f"| w = 4.5 | slope | {cells} |"
     drawn, means, slope = ([float(x) for x in line.split("|")[3:-1]] for line in lines[2:5])
     assert max(means) <= 0 <= min(drawn) and min(slope) > 0
@@ -221,17 +201,14 @@ def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsy
         optimum.main(Args(levels=file))
 
 
-def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it():
+def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsys):
     made = json.loads((RESULTS / "optimum.json").read_text())
     assert table(made) in (RESULTS.parent / "optimum.md").read_text()
-    assert list(made) == ["exact flow", *SWEEP]
-    for label in (next(iter(SWEEP)), "caption dropout", "mislabelled, ratio 1.5"):
-        assert swept(label, DATA_STDS[2]) == pytest.approx(made[label][2], abs=1e-5)
-
-
-def test_a_setting_of_its_own_prints_the_row_of_the_page(capsys):
+    assert list(made) == ["exact flow", *optimum.SWEEP]
+    for label in (next(iter(optimum.SWEEP)), "caption dropout", "mislabelled, ratio 1.5"):
+        found = optimum.swept(label, optimum.DATA_STDS[2])
+        assert found == pytest.approx(made[label][2], abs=1e-5)
     optimum.main(Args(SoarConfig(num_sampling_steps=100)))
-    made = json.loads((RESULTS / "optimum.json").read_text())
     expected = table({"exact flow": made["exact flow"], "SOAR": made["K = 100"]})
     assert capsys.readouterr().out == expected
 
@@ -241,7 +218,7 @@ def test_geometry_is_drawn(tmp_path):
     assert (tmp_path / "geometry.png").read_bytes() == (RESULTS / "geometry.png").read_bytes()
 
 
-@pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan")])
-def test_bad_data_std_is_refused_by_name(bad):
-    with pytest.raises(ValueError, match="--data_stds"):
-        Args(data_stds=(0.5, bad))
+def test_bad_data_std_is_refused_by_name():
+    for bad in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="--data_stds"):
+            Args(data_stds=(0.5, bad))
