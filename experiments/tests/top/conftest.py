@@ -13,19 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 import sample
 import train
 from experiments.shapes.draw import MAX_SEQUENCE_LENGTH
-from experiments.tests.common import (
-    DATASET,
-    MODEL,
-    copy_pairs,
-    finish,
-    start,
-)
+from experiments.tests.common import DATASET, MODEL, copy_pairs, finish, start
 from experiments.tests.top.sampling import base_transformer
-from experiments.tests.top.training import (
-    SHORT,
-    THREE,
-    run,
-)
+from experiments.tests.top.training import SHORT, THREE, run
 
 
 @pytest.fixture

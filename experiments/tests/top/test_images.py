@@ -196,9 +196,7 @@ def test_bar_is_rank_0s_and_the_end_says_what_was_drawn(images):
     assert "/" not in (images / "log.1").read_text()
 
 
-def test_image_that_is_missing_at_the_end_is_an_error_and_no_list_is_written(
-    tmp_path, monkeypatch
-):
+def test_image_that_is_missing_at_the_end_is_an_error_and_no_list_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "draw_images", lambda *_: None)
     assert FIRST in refused(FileNotFoundError, tmp_path / "a", **ONE)
     assert not (tmp_path / "a/samples.jsonl").exists()

@@ -10,7 +10,6 @@ from importlib.metadata import version
 import huggingface_hub.constants
 import pytest
 from PIL import Image
-from torch import Tensor
 
 import sample
 from experiments.shapes.draw import MAX_SEQUENCE_LENGTH
@@ -22,15 +21,10 @@ from experiments.tests.top.sampling import (
     edit_weights,
     planned,
     refused,
+    scale_first,
 )
 
 ROWS = [{"prompt": ONE["prompt"]}]
-
-
-def scale_first(tensors: dict[str, Tensor]) -> None:
-    """Other weights, of the same names and shapes."""
-    name = min(name for name in tensors if name.endswith("weight"))
-    tensors[name] = 0.5 * tensors[name]
 
 
 # --- What is held ---------------------------------------------------------------------------------

@@ -11,10 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from experiments.shapes.draw import DATA
-from experiments.tests.common import (
-    fork,
-    train_args,
-)
+from experiments.tests.common import fork, train_args
 from experiments.tests.top.sampling import base_transformer
 from soar import SoarConfig
 
