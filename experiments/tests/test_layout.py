@@ -28,14 +28,9 @@ NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
 def docstrings(tree: ast.AST) -> list[ast.Expr]:
     """The docstrings of a module, its classes and functions."""
-    found = []
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            found.append(node.body[0])
-    return found
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
 
 
 def lines_of(node: ast.AST) -> set[int]:
@@ -69,31 +64,26 @@ def function_lengths(source: str) -> dict[str, int]:
     return {x.name: len(lines_of(x) - docs) for x in functions}
 
 
-def imported(source: str) -> set[str]:
-    """The top packages that a file imports, wherever in it."""
-    names = set()
+def names_taken(source: str) -> list[list[str]]:
+    """What a file imports, wherever in it, as the parts of a.b and of `from a.b import c`."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {x.name.split(".")[0] for x in node.names}
+            found += [x.name.split(".") for x in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            found += [[*node.module.split("."), x.name] for x in node.names]
+    return found
+
+
+def imported(source: str) -> set[str]:
+    """The top packages that a file imports."""
+    return {parts[0] for parts in names_taken(source)}
 
 
 def rooms_taken(source: str) -> set[str]:
     """What a file imports of experiments: rooms, and files that lie beside the rooms."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {
-                x.name.removeprefix("experiments.")
-                for x in node.names
-                if x.name.startswith("experiments.")
-            }
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "experiments":
-            rest = node.module.split(".")[1:]
-            names |= set(rest[:1]) or {x.name for x in node.names}
-    return {name.split(".")[0] for name in names}
+    taken = names_taken(source)
+    return {parts[1] for parts in taken if parts[0] == "experiments" and len(parts) > 1}
 
 
 def third_party(path: Path) -> set[str]:
@@ -169,10 +159,8 @@ def test_measures_equal_counts_by_hand():
     # The function, its return, x + 1, x and 1, over the lines of def, return, x + 1 and ).
     assert nodes_per_line(source) == 5 / 4
     assert function_lengths(source) == {"f": 5}  # the comment is one
-    assert imported("def f():\n    import experiments.shapes\n    from train import x\n") == {
-        "experiments",
-        "train",
-    }
+    source = "def f():\n    import experiments.shapes\n    from train import x\n"
+    assert imported(source) == {"experiments", "train"}
     source = "from experiments import port\nfrom experiments.cost.memory import x\n"
-    source += "import experiments.demo\n"
+    source += "import experiments.demo, experiments\n"
     assert rooms_taken(source) == {"port", "cost", "demo"}

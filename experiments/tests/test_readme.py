@@ -15,21 +15,14 @@ import torch
 import sample
 import train
 from experiments.evaluate import score
-from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, read_pairs
-from experiments.tests.common import ROOT
+from experiments.shapes.draw import read_pairs
+from experiments.tests.common import MODEL, ROOT, words_of
 from experiments.tests.test_layout import ROOMS
 
 README = (ROOT / "README.md").read_text()
-SMALL = [
-    "--pretrained_model_name_or_path",
-    str(DATA / "model"),
-    "--max_sequence_length",
-    str(MAX_SEQUENCE_LENGTH),
-]
-SMALL += ["--mixed_precision", "no"]
 SHORT = {
-    "train.py": [*SMALL, "--resolution", "64", "--max_train_steps", "2", "--num_aux_points", "1"],
-    "sample.py": [*SMALL, "--height", "64", "--width", "64", "--num_inference_steps", "2"],
+    "train.py": MODEL | {"resolution": 64, "max_train_steps": 2, "num_aux_points": 1},
+    "sample.py": MODEL | {"height": 64, "width": 64, "num_inference_steps": 2},
 }
 
 
@@ -51,14 +44,19 @@ def block(heading: str, language: str) -> str:
     return re.search(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)[1]
 
 
-def test_commands_of_training_and_sampling_run_in_order(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def my_images(tmp_path, monkeypatch):
+    """The data that Data starts from, and what its code makes of it."""
     monkeypatch.chdir(tmp_path)
     Path("my_images").mkdir()
     for i, row in enumerate(read_pairs().select(range(6))):
         row["image"].save(f"my_images/{i}.png")
         Path(f"my_images/{i}.txt").write_text(row["text"])
-    Path("prompts.txt").write_text("a photo of a red circle\n")
     exec(block("Data", "python"), {})
+
+
+def test_commands_of_training_and_sampling_run_in_order(my_images, monkeypatch, capsys):
+    Path("prompts.txt").write_text("a photo of a red circle\n")
     monkeypatch.setattr(score, "MODEL_BASED", dict.fromkeys(score.MODEL_BASED, Brightness))
     commands = block("Train and sample", "bash").replace("\\\n", "").splitlines()
     done = []
@@ -66,45 +64,33 @@ def test_commands_of_training_and_sampling_run_in_order(tmp_path, monkeypatch, c
         words = shlex.split(command, comments=True)
         script = next((x for x in words if x.endswith(".py")), "")
         if script:
-            rest = words[words.index(script) + 1 :] + SHORT[script]
+            rest = words[words.index(script) + 1 :] + words_of(SHORT[script])
         if script == "train.py":
             train.main(train.parse(rest))
         elif script == "sample.py":
             sample.main(sample.tyro.cli(sample.Args, args=rest, use_underscores=True))
         elif words[:3] == ["python", "-m", "experiments.evaluate.score"]:
-            score.command(
-                [x for word in words[3:] for x in sorted(glob.glob(word)) or [word]]
-                + ["--device", "cpu"]
-            )
+            given = [x for word in words[3:] for x in sorted(glob.glob(word)) or [word]]
+            score.command([*given, "--device", "cpu"])
         else:
             assert not words or words[:2] in (["pip", "install"], ["hf", "auth"]), command
         done.append(script or " ".join(words[:3]))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    assert done[-4:] == [
-        "train.py",
-        "train.py",
-        "sample.py",
-        "python -m experiments.evaluate.score",
-    ]
+    score_command = "python -m experiments.evaluate.score"
+    assert done[-4:] == ["train.py", "train.py", "sample.py", score_command]
     assert "| pickscore" in capsys.readouterr().out
     folders = sorted(x for x in os.listdir("output/images") if Path("output/images", x).is_dir())
     assert folders == ["base", "output-sft", "output-soar"]
 
 
-def test_rows_of_the_two_layouts_made_in_data_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("my_images").mkdir()
-    for i, row in enumerate(read_pairs().select(range(3))):
-        row["image"].save(f"my_images/{i}.png")
-        Path(f"my_images/{i}.txt").write_text(row["text"])
-    exec(block("Data", "python"), {})
+def test_rows_of_the_two_layouts_made_in_data_are_the_same(my_images):
     found = []
     for name in ("my_images", "my_images.parquet"):
         pairs = train.Pairs(train.DataConfig(name, 64))
         found.append(sorted(pairs.inspect(row)[0] for row in pairs.rows))
         shutil.rmtree("my_images", ignore_errors=True)  # the parquet file holds the images
-    assert found[0] == found[1] and len(found[0]) == 3 and 0 not in found[0]
+    assert found[0] == found[1] and len(found[0]) == 6 and 0 not in found[0]
 
 
 def pages() -> list[Path]:
@@ -156,10 +142,7 @@ def test_every_promise_of_the_index_names_its_tests():
 
 def test_the_index_has_every_command():
     folder = ROOT / "experiments"
-    files = [
-        *folder.glob("*.py"),
-        *(path for room in ROOMS for path in (folder / room).glob("*.py")),
-    ]
+    files = [path for place in (".", *ROOMS) for path in (folder / place).glob("*.py")]
     paths = [path for path in files if "__main__" in path.read_text()]
     run = {str(path.relative_to(folder)).removesuffix(".py").replace("/", ".") for path in paths}
     lines = [line for line in index().split("\n## What a")[0].splitlines() if line.startswith("|")]

@@ -29,6 +29,7 @@ from experiments.tests.top.sampling import (
     run,
     write_prompts,
 )
+from experiments.tests.top.training import ends
 
 LINES = (DATA / "prompts.jsonl").read_text().splitlines()
 
@@ -41,10 +42,8 @@ def images(tmp_path_factory):
     flags = SAMPLE | {"prompts": folder / "prompts.jsonl"}
     run(folder / "1x1", batch_size=1, **flags)
     run(folder / "1x4", batch_size=4, **flags)
-    ranks = fork(2, lambda: run(folder / "2x4", batch_size=4, **flags), folder / "log")
-    for i, rank in enumerate(ranks):
-        rank.join(100)
-        assert rank.exitcode == 0, (folder / f"log.{i}").read_text()
+    ended, said = ends(2, lambda: run(folder / "2x4", batch_size=4, **flags), folder / "log")
+    assert ended == [0, 0], said
     return folder
 
 
@@ -111,10 +110,8 @@ def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
         rank.join()
     assert 1 <= len(list(killed.glob("*/samples/*.png"))) < 14
     assert not (killed / "samples.jsonl").exists()
-    ranks = fork(3, lambda: run(killed, **flags), tmp_path / "log")
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    ended, said = ends(3, lambda: run(killed, **flags), tmp_path / "log")
+    assert ended == [0, 0, 0], said
     assert len(contents(killed)) == 14 * 3 + 2 and contents(killed) == contents(reference)
     assert not list(killed.rglob("*.tmp"))
 
@@ -250,50 +247,37 @@ def test_diffusers_with_a_saved_transformer_or_lora_draws_the_same_image(trained
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def test_prompts_are_encoded_once_in_batches_and_the_branches_share_a_forward(
+def test_prompts_are_encoded_once_in_batches_then_encoders_are_freed_and_branches_share_a_forward(
     tmp_path, monkeypatch
 ):
-    encoded, forwards = [], []
-    encode, forward = sample.encode_prompts, SD3Transformer2DModel.forward
+    encoded, encoders, freed, forwards = [], [], [], []
+    encode, load = sample.encode_prompts, sample.load_transformer
+    forward = SD3Transformer2DModel.forward
 
     def encoding(pipe, texts, length):
         encoded.append(texts)
+        encoders[:] = [weakref.ref(getattr(pipe, name)) for name in sample.ENCODERS]
         return encode(pipe, texts, length)
+
+    def loading(*args):
+        freed.extend(part() is None for part in encoders)
+        return load(*args)
 
     def counting(self, hidden_states, *args, **kwargs):
         forwards.append((len(hidden_states), hidden_states.dtype))
         return forward(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(sample, "encode_prompts", encoding)
+    monkeypatch.setattr(sample, "load_transformer", loading)
     monkeypatch.setattr(SD3Transformer2DModel, "forward", counting)
     texts = [f"a photo of {n} circles" for n in range(18)]
     flags = write_prompts(tmp_path / "p.txt", texts + texts[:2])
     flags |= {"batch_size": 10, "num_inference_steps": 1}
     run(tmp_path / "a", **flags)
-    assert [len(part) for part in encoded] == [16, 3]
+    assert [len(part) for part in encoded] == [16, 3] and freed == [True] * 3
     assert sorted(sum(encoded, [])) == sorted(["", *texts])
     run(tmp_path / "b", **flags | {"mixed_precision": "bf16", "guidance_scale": 1.0})
     assert forwards == [(20, torch.float32)] * 2 + [(10, torch.bfloat16)] * 2
-
-
-def test_text_encoders_are_freed_before_the_transformer_is_loaded(tmp_path, monkeypatch):
-    encoders, freed = [], []
-    load_pipeline, load_transformer = sample.load_pipeline, sample.load_transformer
-
-    def loading(*args):
-        pipe = load_pipeline(*args)
-        parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        encoders.extend(weakref.ref(part) for part in parts)
-        return pipe
-
-    def loading_transformer(*args):
-        freed.append([part() is None for part in encoders])
-        return load_transformer(*args)
-
-    monkeypatch.setattr(sample, "load_pipeline", loading)
-    monkeypatch.setattr(sample, "load_transformer", loading_transformer)
-    run(tmp_path / "a", **ONE)
-    assert freed == [[True] * 3]
 
 
 def test_compiled_transformer_draws_the_image_of_the_eager_one(tmp_path, monkeypatch):

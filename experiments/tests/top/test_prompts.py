@@ -65,10 +65,7 @@ def test_prompt_files_of_the_benchmarks_are_read(tmp_path):
     assert sample.read_prompts(tmp_path / "drawbench.csv") == expected
     (tmp_path / "lower.csv").write_text("id, PROMPT\r\n1,a\r\n2,b\r\n")
     assert [row["prompt"] for row in sample.read_prompts(tmp_path / "lower.csv")] == ["a", "b"]
-
-
-def test_partiprompts_are_read_with_their_quotes(tmp_path):
-    """Tabs between columns, a quote that opens a prompt, no doubled quotes, empty notes."""
+    # Tabs between columns, a quote that opens a prompt, no doubled quotes, empty notes.
     prompts = ['"O P E N" in neon over a door', 'a sign with "Yes" on it', 'a 6" nail, rusty', "42"]
     text = "Prompt\tCategory\tNote\n" + "".join(f"{prompt}\tArts\t\n" for prompt in prompts)
     (tmp_path / "PartiPrompts.tsv").write_text(text)
