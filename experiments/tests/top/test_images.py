@@ -168,7 +168,7 @@ def test_second_run_in_a_folder_is_refused_and_an_interrupt_leaves_whole_files(t
 # --- Output ---------------------------------------------------------------------------------------
 
 
-def test_genevals_folder_walk_and_the_list_of_samples_find_every_image(images):
+def test_genevals_folder_walk_and_the_list_of_samples_find_every_image_and_rank_0_says_so(images):
     lines = [json.loads(line) for line in (images / "prompts.jsonl").read_text().splitlines()]
     found, listed = [], []
     for i, name in enumerate(sorted(filter(str.isdigit, os.listdir(images / "2x4")))):
@@ -184,9 +184,6 @@ def test_genevals_folder_walk_and_the_list_of_samples_find_every_image(images):
     assert [json.loads(line) for line in text.splitlines()] == listed
     assert len(lines) == 3 and len({x.tobytes() for x in found}) == len(listed) == 6
     assert all((images / "2x4" / row["file"]).is_file() for row in listed)
-
-
-def test_bar_is_rank_0s_and_the_end_says_what_was_drawn(images):
     said = (images / "log.0").read_text()
     assert "0 of 3 prompts are cut at 12 tokens\n" in said and " 1/1 " in said  # of two batches
     assert re.search(r"^6 images in .*2x4$", said, re.M)

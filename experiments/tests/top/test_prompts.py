@@ -1,9 +1,6 @@
 """sample.py's prompts, whole or cut, and its flags."""
 
-import ast
 import csv
-import dataclasses
-import inspect
 import json
 import logging
 import math
@@ -117,16 +114,6 @@ def test_flags_out_of_range_are_errors_that_name_them(tmp_path):
         assert all(word in message for word in (f"--{name}", str(size), "8", "128"))
     run(tmp_path / "a", **ONE | {"width": 72})  # the same folder is free for what fits
     assert Image.open(tmp_path / "a" / FIRST).size == (72, 64)
-
-
-def test_every_flag_is_read_and_has_a_text_that_explains_it():
-    tree = ast.parse(inspect.getsource(sample))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    used = {node.attr for node in nodes if ast.unparse(node.value) == "args"}
-    body = next(node for node in tree.body if getattr(node, "name", "") == "Args").body
-    flags = {x.target.id: text for x, text in zip(body, body[1:]) if isinstance(x, ast.AnnAssign)}
-    assert flags.keys() == {field.name for field in dataclasses.fields(sample.Args)} <= used
-    assert all(isinstance(text, ast.Expr) for text in flags.values())
 
 
 def test_published_protocol_is_the_default():

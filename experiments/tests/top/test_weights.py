@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -193,6 +194,7 @@ REFUSED = {
     ),
     "no matrix": ({f"{BLOCK}.lora_A.weight": torch.tensor(1.0)}, None, [BLOCK]),
     "settings that are not JSON": ({}, "{", []),
+    "torn": ({}, None, []),
 }  # fmt: skip
 
 
@@ -202,16 +204,11 @@ def test_lora_file_of_which_a_tensor_has_no_place_is_refused_by_name(matrices, t
     tensors = {} if edit is None else named(matrices) | edit
     tensors = {key: x for key, x in tensors.items() if x is not None}
     file = write(tensors, tmp_path / "lora.safetensors", inside)
+    if case == "torn":
+        os.truncate(file, 5000)
     with pytest.raises(ValueError) as caught:
         sample.load_lora(base_transformer(), file)
     assert all(word in str(caught.value) for word in [str(file), *words])
-
-
-def test_lora_file_that_is_torn_is_refused(matrices, tmp_path):
-    file = write(named(matrices), tmp_path / "lora.safetensors")
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=str(file)):
-        sample.load_lora(base_transformer(), file)
 
 
 # --- Encoders and VAE ----------------------------------------------------------------------------
