@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
@@ -54,6 +55,15 @@ def train_args(**flags) -> train.Args:
         # Without the box that tyro draws around it.
         message = re.sub(r"(\s|[─-╿]|-{4,})+", " ", printed.getvalue())
         raise ValueError(message.strip()) from None
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], *words: str) -> Iterator[pytest.ExceptionInfo]:
+    """As pytest.raises, with these words in the message."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    message = str(caught.value)
+    assert all(word in message for word in words), (words, message)
 
 
 def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:

@@ -1,14 +1,9 @@
-"""What the tests of sample.py share: a run on the small pipeline of experiments/shapes/data.
-
-A process that starts up imports diffusers for 7 s. So runs are calls in this process, and ranks are
-forked from it; one command is started as a user starts it.
-"""
+"""What the tests of sample.py share: a run on the small pipeline of experiments/shapes/data."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
@@ -17,7 +12,7 @@ from torch import Tensor
 
 import sample
 from experiments.shapes.draw import DATA
-from experiments.tests.common import MODEL
+from experiments.tests.common import MODEL, raises
 
 CPU = torch.device("cpu")
 BASE = DATA / "model"
@@ -39,9 +34,9 @@ def run(output_dir: Path, **flags) -> Path:
     return output_dir
 
 
-def refused(kind: type[Exception], output_dir: Path, **flags) -> str:
-    """The message with which a run is refused."""
-    with pytest.raises(kind) as caught:
+def refused(output_dir: Path, *words: str, kind=ValueError, **flags) -> str:
+    """The message, with these words, with which a run is refused."""
+    with raises(kind, *words) as caught:
         run(output_dir, **flags)
     return str(caught.value)
 

@@ -40,8 +40,7 @@ def test_prompt_file_errors_name_the_file_and_the_line_before_the_model_loads(
 ):
     (tmp_path / name).write_bytes(text)
     flags = ONE | {"prompt": None, "prompts": tmp_path / name}
-    message = refused(ValueError, tmp_path / "out", **flags)
-    assert all(word in message for word in [str(tmp_path / name), *words])
+    message = refused(tmp_path / "out", *words, **flags)
     assert message.count(str(tmp_path / name)) == 1 and not (tmp_path / "out").exists()
 
 
@@ -110,8 +109,7 @@ def test_flags_out_of_range_are_errors_that_name_them(tmp_path):
         with pytest.raises(ValueError, match=f"--{name} is {value}.*finite"):
             sample.Args(output_dir=Path("o"), prompt="a", **{name: value})
     for name, size in (("width", 68), ("height", 136)):
-        message = refused(ValueError, tmp_path / "a", **ONE | {name: size})
-        assert all(word in message for word in (f"--{name}", str(size), "8", "128"))
+        refused(tmp_path / "a", f"--{name}", str(size), "8", "128", **ONE | {name: size})
     run(tmp_path / "a", **ONE | {"width": 72})  # the same folder is free for what fits
     assert Image.open(tmp_path / "a" / FIRST).size == (72, 64)
 

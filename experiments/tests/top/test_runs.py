@@ -31,7 +31,6 @@ from experiments.tests.top.training import (
     THREE,
     WEIGHTS,
     all_lines,
-    base_weights,
     copy_base,
     ends,
     equal,
@@ -308,12 +307,6 @@ def test_lora_run_goes_on_bit_by_bit_and_writes_what_sample_reads(lora):
     assert min(grown) > 1e-3
     weights, state = sample.find_weights(str(last(lora / "whole")))
     assert weights.name == sample.LORA and state["settings"]["lora_rank"] == 4
-    cpu = torch.device("cpu")
-    model = sample.load_transformer(str(DATA / "model"), weights, torch.float32, cpu)
-    key = "transformer_blocks.0.attn.to_q.weight"
-    b, a = (found[f"transformer.{key[:-7]}.lora_{x}.weight"] for x in "BA")
-    expected = base_weights()[key] + b @ a
-    torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_lora_file_goes_on_with_its_matrices_and_others_are_refused(lora, tmp_path, monkeypatch):
