@@ -68,9 +68,7 @@ def test_files_are_those_of_any_number_of_processes_and_nearly_of_any_batch_size
         assert np.abs(difference).max() <= 1
 
 
-def test_noise_is_a_function_of_seed_prompt_and_the_images_of_that_prompt_before(
-    tmp_path, noise_drawn
-):
+def test_noise_is_a_function_of_seed_prompt_and_earlier_images_of_it(tmp_path, noise_drawn):
     texts = ["a circle", "a square", "a circle"]
     flags = write_prompts(tmp_path / "p.txt", texts) | {"num_images_per_prompt": 3}
     run(tmp_path / "a", batch_size=5, **flags)
@@ -112,7 +110,7 @@ def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
     assert not list(killed.rglob("*.tmp"))
 
 
-def test_batch_that_is_partly_there_is_drawn_whole_and_only_what_is_missing_is_written(
+def test_batch_partly_there_is_drawn_whole_and_what_is_missing_written(
     images, tmp_path, noise_drawn
 ):
     folder = tmp_path / "run"
@@ -194,9 +192,7 @@ def test_image_that_is_missing_at_the_end_is_an_error_and_no_list_is_written(tmp
 # --- What an image is -----------------------------------------------------------------------------
 
 
-def test_several_transformers_get_a_folder_each_and_are_compared_from_the_same_noise(
-    trained, tmp_path, monkeypatch
-):
+def test_several_transformers_are_compared_from_the_same_noise(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)
     flags = write_prompts(tmp_path / "p.txt", [f"a photo of {n} circles" for n in range(18)])
     flags |= {"batch_size": 18, "num_inference_steps": 1}
@@ -238,9 +234,7 @@ def test_diffusers_with_a_saved_transformer_or_lora_draws_the_same_image(trained
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def test_prompts_are_encoded_once_in_batches_then_encoders_are_freed_and_branches_share_a_forward(
-    tmp_path, monkeypatch
-):
+def test_prompts_are_encoded_once_encoders_freed_branches_share_a_forward(tmp_path, monkeypatch):
     encoded, encoders, freed, forwards = [], [], [], []
     encode, load = sample.encode_prompts, sample.load_transformer
     forward = SD3Transformer2DModel.forward

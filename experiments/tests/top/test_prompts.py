@@ -35,9 +35,7 @@ from experiments.tests.top.sampling import BASE, CPU, FIRST, ONE, refused, run, 
         ("p.json", b"a\n", [".jsonl", ".txt", ".csv", ".tsv"]),
     ],
 )
-def test_prompt_file_errors_name_the_file_and_the_line_before_the_model_loads(
-    tmp_path, no_model, name, text, words
-):
+def test_prompt_file_errors_name_file_and_line(tmp_path, no_model, name, text, words):
     (tmp_path / name).write_bytes(text)
     flags = ONE | {"prompt": None, "prompts": tmp_path / name}
     message = refused(tmp_path / "out", *words, **flags)

@@ -64,7 +64,7 @@ def test_pipeline_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
     assert protocol["pipeline"] == protocol["transformer"] == commit
 
 
-def test_max_sequence_length_is_the_checkpoints_and_a_difference_is_said_aloud(
+def test_max_sequence_length_is_the_checkpoints_or_said_aloud(
     trained, tmp_path, capsys, monkeypatch
 ):
     newest, other = str(trained / "run"), tmp_path / "other"
@@ -118,27 +118,22 @@ def changes(before: dict, after: dict) -> set[str]:
     return {key for key in before if before[key] != after[key]} - {"from"}
 
 
-@pytest.mark.parametrize(
-    "given, elsewhere, key",
-    [
-        ("a/run", "b", "transformer"),
-        ("a/run", "b/transformer", "transformer"),  # without the state beside it
-        (f"a/lora/{sample.LORA}", "b/lora", "lora"),
-    ],
-)
-def test_other_weights_in_the_same_path_are_told_from_equal_ones_elsewhere(
-    trained, tmp_path, given, elsewhere, key
-):
+def test_other_weights_in_the_same_path_are_told_from_equal_ones_elsewhere(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a")
     shutil.copytree(trained / "run/checkpoint-000007", tmp_path / "b")
     shutil.copytree(trained / "lora", tmp_path / "b/lora")
-    was = planned(str(tmp_path / given)).protocol
-    equal = planned(str(tmp_path / elsewhere)).protocol
-    assert changes(was, equal) == set()
-    assert equal["from"]["transformer"].startswith(str(tmp_path / elsewhere))
-    path = "lora" if key == "lora" else "run/checkpoint-000007/transformer"
-    edit_weights(tmp_path / "a" / path, scale_first)
-    assert changes(was, planned(str(tmp_path / given)).protocol) == {key}
+    run, lora = tmp_path / "a/run", tmp_path / "a/lora" / sample.LORA
+    for given, elsewhere, weights, key in (
+        (run, ("b", "b/transformer"), run / "checkpoint-000007/transformer", "transformer"),
+        (lora, ("b/lora",), lora.parent, "lora"),
+    ):
+        was = planned(str(given)).protocol
+        for place in elsewhere:  # b/transformer is without the state beside it
+            equal = planned(str(tmp_path / place)).protocol
+            assert changes(was, equal) == set()
+            assert equal["from"]["transformer"].startswith(str(tmp_path / place))
+        edit_weights(weights, scale_first)
+        assert changes(was, planned(str(given)).protocol) == {key}
 
 
 def test_settings_of_the_transformer_are_part_of_what_images_depend_on(trained, tmp_path):
@@ -167,9 +162,7 @@ def test_settings_of_the_transformer_are_part_of_what_images_depend_on(trained, 
         ("model_index.json", {"text_encoder_3": [None, None]}, {"pipeline"}),
     ],
 )
-def test_parts_of_a_local_base_that_are_overwritten_are_told_from_a_copy(
-    tmp_path, path, edit, keys
-):
+def test_parts_of_a_local_base_that_are_overwritten_are_told_apart(tmp_path, path, edit, keys):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     shutil.copytree(BASE / "vae", base / "another")  # a folder that is no part of it

@@ -221,13 +221,8 @@ def test_output_dir_without_room_for_all_checkpoints_is_refused(tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-WRITE_ERRORS = [OSError(28, "No space left on device"), train.SafetensorError("I/O")]
-
-
-@pytest.mark.parametrize("error", WRITE_ERRORS)
-def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_whole(
-    tmp_path, monkeypatch, error
-):
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), train.SafetensorError("I/O")])
+def test_checkpoint_that_cannot_be_written_leaves_earlier_ones_whole(tmp_path, monkeypatch, error):
     original, calls = train.save_file, []
 
     def save_file(*args):
@@ -517,9 +512,7 @@ def test_rank_that_raises_ends_all_and_torchrun_restarts_from_the_last_checkpoin
 
 
 @pytest.mark.parametrize("place", ["state", "gradient", "loss"])
-def test_step_that_is_not_finite_changes_nothing_and_is_named_with_sigma_and_rows(
-    tmp_path, monkeypatch, place
-):
+def test_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, monkeypatch, place):
     flags = {"train_batch_size": 4, "checkpointing_steps": 2, "max_train_steps": 20}
     updates, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda x: updates.append(1) or step(x))

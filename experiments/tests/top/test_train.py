@@ -273,9 +273,7 @@ def test_step_runs_one_plus_one_plus_six_forwards_one_graph_at_a_time_and_averag
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_forwards_run_in_bf16_over_float32_weights_and_checkpointing_changes_no_bit(
-    tmp_path, monkeypatch, mixed_precision
-):
+def test_forwards_are_bf16_and_checkpointing_changes_no_bit(tmp_path, monkeypatch, mixed_precision):
     seen, forward = set(), SD3Transformer2DModel.forward
 
     def recording(self, *args, **kwargs):
