@@ -17,7 +17,16 @@ from torch import Tensor
 
 import soar
 from experiments.port.run_hooks import (
-    BATCH, TRAINERS, Recipe, Trainer, called, failures, gradients, latents_and_noise, off, randn,
+    BATCH,
+    TRAINERS,
+    Recipe,
+    Trainer,
+    called,
+    failures,
+    gradients,
+    latents_and_noise,
+    off,
+    randn,
     sd3,
 )  # fmt: skip
 from experiments.port.run_recipes import PAGE

@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import (
-    AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-    StableDiffusion3Pipeline, WanTransformer3DModel,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    WanTransformer3DModel,
 )  # fmt: skip
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

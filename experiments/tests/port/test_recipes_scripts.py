@@ -15,8 +15,13 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler, Flux2Pipeline, FluxPipeline, QwenImagePipeline,
-    SD3Transformer2DModel, StableDiffusion3Pipeline, ZImagePipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
 )  # fmt: skip
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 

@@ -319,6 +319,7 @@ SRGB = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).
 BGR = SRGB["icc_profile"].replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ")
 BGR = {"icc_profile": BGR.replace(b"?XYZ", b"bXYZ")}  # red and blue change places
 LINEAR = (150, 150, 150)  # 255 (1.055 (77 / 255)^(1 / 2.4) - 0.055) = 149.6
+HALF = {"extra": b"\xff\xe2\0\x10ICC_PROFILE\0\x01\x02"}  # part 1 of 2: Pillow drops it
 TURNED, TEXT = Image.Exif(), PngImagePlugin.PngInfo()
 TURNED[0x0112] = 6  # by 90 degrees
 TEXT.add_text("workflow", "x" * 2**21, zip=True)
@@ -344,6 +345,7 @@ CYAN = plain("CMYK", (255, 0, 0, 0))
         (plain("L", 77), "PNG", SRGB, (77, 77, 77), 1),
         (NOISE, "PNG", {"exif": TURNED}, NOISE.transpose(Image.Transpose.ROTATE_270), 0),
         (NOISE, "PNG", {"pnginfo": TEXT}, NOISE, 0),
+        (plain("RGB", (60, 160, 90)), "JPEG", HALF, (60, 160, 90), 3),
     ],
 )
 def test_image_of_any_kind_becomes_srgb_on_white(image, kind, options, expected, tolerance):

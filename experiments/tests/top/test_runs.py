@@ -41,6 +41,7 @@ from experiments.tests.top.training import (
     run,
     same_weights,
 )
+from sample import visible
 
 # --- What is saved ---
 
@@ -54,7 +55,7 @@ def test_pickle_is_never_read(tmp_path, part):
     file.unlink()
     flags = {"pretrained_model_name_or_path": tmp_path / "model", "max_train_steps": 1}
     refused(tmp_path / "run", "safetensors", kind=OSError, **flags)
-    assert not (tmp_path / "run").exists()
+    assert not visible(tmp_path / "run")
 
 
 def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -186,7 +187,7 @@ def test_ranks_with_other_flags_weights_or_rows_are_refused_by_name(tmp_path, ot
     for text in said:
         assert "ranks do not have the same" in text
         assert all(f"{x} (here " in text for x in names.get(name, [name])), text
-    assert not (tmp_path / "run").exists()
+    assert not visible(tmp_path / "run")
 
 
 def test_ranks_wait_for_one_another_before_ddp_is_made(tmp_path, monkeypatch):
@@ -204,10 +205,36 @@ def test_dry_run_refuses_an_output_dir_that_cannot_be_written(tmp_path, place):
     refused(tmp_path / place, place.split("/")[-2], kind=OSError, dry_run=True)
 
 
+def test_room_is_counted_by_the_checkpoints_to_come(runs, capsys):
+    flags = {"train_batch_size": 4, "max_train_steps": 9, "checkpointing_steps": 2}
+    run(runs / "1x4", dry_run=True, **flags)  # 5 is done: 6, 8 and 9
+    assert "0.04 GB a checkpoint, 0.11 GB to come" in capsys.readouterr().out
+
+
+def test_output_dir_is_locked_before_its_newest_checkpoint_is_chosen(tmp_path, monkeypatch):
+    locks, newest = [], train.newest_checkpoint
+
+    def choose(folder, cpu_group):
+        locks.append((folder / ".lock").is_file())
+        return newest(folder, cpu_group)
+
+    monkeypatch.setattr(train, "newest_checkpoint", choose)
+    run(tmp_path / "run", max_train_steps=1)
+    assert locks == [True]
+
+
+def test_signal_breaks_off_a_validation(tmp_path, monkeypatch, prompts, capsys):
+    monkeypatch.setattr(train, "note_signals", lambda: [signal.SIGTERM])
+    run(tmp_path / "run", validation_prompts=prompts)
+    assert "step 1 of 5000 is saved; stopped by SIGTERM" in capsys.readouterr().out
+    assert not list((tmp_path / "run/validation-000000").iterdir())
+
+
 def test_dry_run_of_a_finished_run_says_so_and_changes_nothing(runs, capsys):
     before = {path: path.stat().st_mtime_ns for path in (runs / "1x4").rglob("*")}
     run(runs / "1x4", train_batch_size=4, max_train_steps=5, dry_run=True)
-    assert "5, 5 done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5, 5 done" in said and "0.00 GB to come" in said
     assert before == {path: path.stat().st_mtime_ns for path in (runs / "1x4").rglob("*")}
 
 
@@ -215,7 +242,7 @@ def test_output_dir_without_room_for_all_checkpoints_is_refused(tmp_path, monkey
     usage = shutil._ntuple_diskusage(10, 9, 80e6)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
     flags = {"max_train_steps": 3, "checkpointing_steps": 1, "dry_run": True}
-    words = ("0.11 GB are needed, 0.08 are free", "--checkpoints_total_limit")
+    words = ("no room for 0.11 GB", "--checkpoints_total_limit")
     refused(tmp_path / "run", *words, kind=OSError, **flags)
     run(tmp_path / "run", checkpoints_total_limit=1, **flags)  # two, as the new one comes first
     assert not (tmp_path / "run").exists()
