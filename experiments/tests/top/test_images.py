@@ -110,9 +110,7 @@ def test_three_processes_killed_end_with_the_files_of_one(tmp_path):
     assert not list(killed.rglob("*.tmp"))
 
 
-def test_batch_partly_there_is_drawn_whole_and_what_is_missing_written(
-    images, tmp_path, noise_drawn
-):
+def test_batch_partly_there_is_drawn_whole_and_files_are_kept(images, tmp_path, noise_drawn):
     folder = tmp_path / "run"
     shutil.copytree(images / "1x4", folder)
     for name in ("00002/samples/00000.png", "00002/grid.png", "samples.jsonl"):

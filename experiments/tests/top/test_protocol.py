@@ -109,8 +109,7 @@ def test_output_dir_of_other_files_is_refused(tmp_path, no_model):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     refused(tmp_path, str(tmp_path), "protocol.json", **ONE)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "protocol.json")
-    # As of a version with fewer settings.
-    refused(tmp_path, str(tmp_path), "seed: was None, now 3", **ONE)
+    refused(tmp_path, str(tmp_path), "seed: was None, now 3", **ONE)  # by an older version
 
 
 def changes(before: dict, after: dict) -> set[str]:

@@ -36,7 +36,6 @@ from experiments.tests.top.training import (
     WEIGHTS,
     all_lines,
     ends,
-    equal,
     held_out_lines,
     last,
     lines,
@@ -66,8 +65,8 @@ def test_twelve_steps_equal_five_and_three_and_four_bit_by_bit(tmp_path, held_ou
     parts.remove(next(x for x in parts if x["step"] == 5))
     assert parts == all_lines(tmp_path / "whole")
     assert same_weights(last(tmp_path / "whole"), last(tmp_path / "parts"))
-    early, late = (tmp_path / f"parts/checkpoint-00000{n}" / WEIGHTS for n in (5, 8))
-    assert not equal(early, late)
+    early, late = (tmp_path / f"parts/checkpoint-00000{n}" for n in (5, 8))
+    assert not same_weights(early, late)
 
 
 def test_losses_weights_and_images_depend_neither_on_processes_nor_on_accumulation(runs):
@@ -140,13 +139,12 @@ def test_bad_held_out_data_is_refused_by_its_flag_before_training(tmp_path, held
     rows.remove_columns("text").add_column("text", ["a", ""]).to_parquet(path)
     refused(tmp_path / "run", f"--held_out {path}", "row 1", "--on_bad_row skip", held_out=path)
     rows.remove_columns("text").add_column("text", ["", ""]).to_parquet(path)
-    words = (f"--held_out {path}", "0 pairs")
-    refused(tmp_path / "run", *words, held_out=path, on_bad_row="skip")
+    refused(tmp_path / "run", f"--held_out {path}", "0 pairs", held_out=path, on_bad_row="skip")
     assert not visible(tmp_path / "run")
 
 
-@pytest.mark.parametrize("count", [4, 5])
-def test_ranks_with_other_held_out_data_are_refused(tmp_path, count):
+@pytest.mark.parametrize("count, word", [(4, "has other data"), (5, "rows of --held_out")])
+def test_ranks_with_other_held_out_data_are_refused(tmp_path, count, word):
     for rank, rows in enumerate((range(4), range(10, 10 + count))):
         (tmp_path / str(rank)).mkdir()
         copy_pairs(rows, tmp_path / str(rank) / "pairs.parquet")
@@ -158,8 +156,6 @@ def test_ranks_with_other_held_out_data_are_refused(tmp_path, count):
 
     ended, said = ends(2, main, tmp_path / "log")
     assert ended == [1, 1]
-    other = "number of rows of --held_out pairs.parquet (here "
-    word = "this node has other data" if count == 4 else other
     assert any(word in text for text in said), said
     assert not train.checkpoints(tmp_path / "run")
 
@@ -219,8 +215,7 @@ def test_no_step_of_a_schedule_has_learning_rate_0(name):
     for warmup in (0, 3):
         flags = {"lr_scheduler": name, "lr_warmup_steps": warmup, "max_train_steps": 9}
         training = train_args(output_dir="o", **flags).training
-        factor = train.make_lr_factor(training, optimizer)
-        rates = [factor(step) for step in range(1, 10)]
+        rates = list(map(train.make_lr_factor(training, optimizer), range(1, 10)))
         assert rates[:warmup] == pytest.approx([1 / 3, 2 / 3, 1][:warmup])
         assert 0.9 <= max(rates) <= 1 and min(rates) > 0 and rates[-1] < 0.2
 
@@ -247,9 +242,9 @@ class Graph(torch.autograd.Function):
 @pytest.mark.parametrize(
     "settings, graphs", [({}, [True, False] + [True] * 6), ({"lambda_aux": 0.0}, [True])]
 )
-def test_step_runs_one_plus_one_plus_six_forwards_one_graph_at_a_time_and_averages_once(
-    tmp_path, monkeypatch, settings, graphs
-):
+def test_step_runs_eight_forwards_one_graph_at_a_time(tmp_path, monkeypatch, settings, graphs):
+    """One with a graph, one without a caption, six with a graph; gradients, views of DDP's buckets,
+    are averaged over the ranks in the last."""
     calls, places, forward = [], set(), DistributedDataParallel.forward
 
     def watched(self, z, **cond):
@@ -332,10 +327,8 @@ def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
 def test_line_of_metrics_has_the_speed_of_the_steps_since_the_last(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
     sums = torch.ones(len(train.METRICS), 2, dtype=torch.float64)
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
-    state = SimpleNamespace(
-        step=9, totals=sums, seconds=[1.0, 2.0], device=torch.device("cuda"), optimizer=optimizer
-    )
+    state = SimpleNamespace(step=9, totals=sums, seconds=[1.0, 2.0], device=torch.device("cuda"))
+    state.optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
     line = train.metrics_line(state)
     assert (line["step_seconds"], line["peak_memory_gb"]) == (1.5, 5.0)
     assert (line["step"], line["lr"], line["loss"]) == (9, 0.5, 1.0)
@@ -373,9 +366,7 @@ def test_host_waits_for_the_device_only_where_it_must(tmp_path, monkeypatch):
         assert sum(line in x for x in waits) == 3, line
 
 
-def test_compiled_blocks_give_the_same_steps_from_one_graph_for_each_kind_of_block(
-    tmp_path, runs, prompts, held_out, monkeypatch
-):
+def test_compiled_blocks_give_the_same_steps(tmp_path, runs, prompts, held_out, monkeypatch):
     graphs, original = [], torch.nn.Module.compile
 
     def eager(graph, inputs):
@@ -388,8 +379,7 @@ def test_compiled_blocks_give_the_same_steps_from_one_graph_for_each_kind_of_blo
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eager)
     torch.compiler.reset()
     flags = {"validation_prompts": prompts, "validation_steps": 1, "train_batch_size": 4}
-    flags |= {"held_out": held_out}
-    run(tmp_path / "run", compile=True, max_train_steps=2, **flags)
+    run(tmp_path / "run", compile=True, max_train_steps=2, held_out=held_out, **flags)
     torch.compiler.reset()
     assert len(graphs) == 6  # dual attention, plain, the last; with gradients and without
     for a, b in zip(lines(tmp_path / "run"), lines(runs / "1x4")[:2], strict=True):
@@ -399,21 +389,17 @@ def test_compiled_blocks_give_the_same_steps_from_one_graph_for_each_kind_of_blo
 # --- Flags ---
 
 
-@pytest.mark.parametrize(
-    "module, kinds",
-    [
-        (train, (train.Args, train.DataConfig, train.TrainingConfig, train.JobConfig)),
-        (sample, (sample.Args,)),
-    ],
-)
-def test_every_flag_is_read(module, kinds):
-    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+SETTINGS = (train.Args, train.DataConfig, train.TrainingConfig, train.JobConfig, sample.Args)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_flag_is_read(kind):
+    nodes = ast.walk(ast.parse(inspect.getsource(inspect.getmodule(kind))))
     attributes = [x for x in nodes if isinstance(x, ast.Attribute)]
     holders = ("args", "data", "training", "job")  # not self: the settings' own checks
     read = {x.attr for x in attributes if ast.unparse(x.value).split(".")[-1] in holders}
     read |= {"mixed_precision"} if "bf16" in read else set()
-    for kind in kinds:
-        assert {field.name for field in dataclasses.fields(kind)} <= read
+    assert {field.name for field in dataclasses.fields(kind)} <= read
 
 
 def test_defaults_are_the_published_ones():

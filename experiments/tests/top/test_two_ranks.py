@@ -61,20 +61,19 @@ def recipe(form, model, rows, **options):
             for block in PAGE["Any trainer"]:
                 exec(block, names)
             return
-        exec((HERE / "recipes" / "streamed.py").read_text(), names)
         velocity = lambda z, sigma, cond: model(z, 1000 * sigma, cond)  # noqa: E731
-        uncond = empty.expand(len(z0), -1, -1)
-        call, text = (velocity, z0), (cond, uncond, soar.SoarConfig())
-        if form == "no_sync":
-            draws = soar.with_levels(draws, levels, soar.SoarConfig())
-            names |= {"soar_terms": soar.soar_terms, "z0": z0, "velocity": velocity, "draws": draws}
-            exec(PAGE["DDP"][0], names | {"uncond": uncond, "config": soar.SoarConfig()})
-        elif form == "hook":
-            call = (torch.Tensor.backward, *call, levels, *text, None)
+        text = (cond, empty.expand(len(z0), -1, -1), soar.SoarConfig())
+        if form == "hook":
+            exec((HERE / "recipes/streamed.py").read_text(), names)
+            call = (torch.Tensor.backward, velocity, z0, levels, *text, None)
             names["streamed"](*call, **options).backward()
+            return
+        draws = soar.with_levels(draws, levels, soar.SoarConfig())
+        if form == "no_sync":
+            names |= {"soar_terms": soar.soar_terms, "z0": z0, "velocity": velocity, "draws": draws}
+            exec(PAGE["DDP"][0], names | {"uncond": text[1], "config": text[2]})
         else:
-            call = (*call, soar.with_levels(draws, levels, soar.SoarConfig()), *text)
-            soar.soar_loss(*call, **options).backward()
+            soar.soar_loss(velocity, z0, draws, *text, **options).backward()
 
 
 FORMS = ("terms", "hook", "sum", "no_sync")

@@ -48,11 +48,8 @@ def ends(count: int, action: Callable[[], None], log: Path) -> tuple[list[int], 
 
 def all_lines(folder: Path) -> list[dict]:
     """Its metrics but for times."""
-    written = (folder / "metrics.jsonl").read_text().splitlines()
-    found = []
-    for line in written:
-        found.append({key: x for key, x in json.loads(line).items() if key not in TIMES})
-    return found
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key not in TIMES} for line in found]
 
 
 def lines(folder: Path) -> list[dict]:
