@@ -91,7 +91,7 @@ def test_pipelines_warning_of_cut_texts_is_silent_and_no_other(caplog):
     sample.encode_prompts(pipe, ["red " * 20], 5)
     log.warning("another")
     log.removeHandler(caplog.handler)
-    assert len(tokens[0]) > 12 and caplog.messages == ["another"]
+    assert len(tokens[0]) > 12 and set(caplog.messages) == {"another"}
 
 
 # --- Flags ----------------------------------------------------------------------------------------
