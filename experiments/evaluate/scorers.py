@@ -103,12 +103,8 @@ def similarity(
 ) -> Tensor:
     """The cosine (B,) of the embeddings of B images and of their prompts, of at most 77 tokens."""
     options = {"padding": True, "truncation": True, "max_length": 77}
-    tokens = tokenizer(prompts, return_tensors="pt", **options)
-    output = model(
-        pixel_values=pixels.to(model.device),
-        input_ids=tokens["input_ids"].to(model.device),
-        attention_mask=tokens["attention_mask"].to(model.device),
-    )
+    tokens = tokenizer(prompts, return_tensors="pt", **options).to(model.device)
+    output = model(pixel_values=pixels.to(model.device), **tokens)
     return F.cosine_similarity(output.image_embeds, output.text_embeds, dim=-1)
 
 
@@ -224,11 +220,9 @@ class ImageReward:
         self.vision = BlipVisionModel(self.VISION)
         self.text = BlipTextModel(self.TEXT, add_pooling_layer=False)
         self.head = score_head(self.TEXT.hidden_size)
-        vision, text, head = image_reward_parts(read_tensors(IMAGE_REWARD))
-        load_exactly(self.vision, vision, IMAGE_REWARD)
-        load_exactly(self.text, text, IMAGE_REWARD)
-        load_exactly(self.head, head, IMAGE_REWARD)
-        for module in (self.vision, self.text, self.head):
+        parts = image_reward_parts(read_tensors(IMAGE_REWARD))
+        for module, tensors in zip((self.vision, self.text, self.head), parts):
+            load_exactly(module, tensors, IMAGE_REWARD)
             module.eval().to(device)
         self.pixels = CLIPImageProcessorPil()  # CLIP's means, bicubic to 224, as in the source
         self.tokenizer = BertTokenizer.from_pretrained(BERT)
@@ -238,14 +232,11 @@ class ImageReward:
         pixels = self.pixels(images, return_tensors="pt")["pixel_values"]
         patches = self.vision(pixel_values=pixels.to(device)).last_hidden_state
         options = {"padding": "max_length", "truncation": True, "max_length": 35}
-        tokens = self.tokenizer(prompts, return_tensors="pt", **options)
-        states = self.text(
-            input_ids=tokens["input_ids"].to(device),
-            attention_mask=tokens["attention_mask"].to(device),
-            encoder_hidden_states=patches,
-            is_decoder=False,
-        ).last_hidden_state
-        return (self.head(states[:, 0]).squeeze(-1) - self.MEAN) / self.STD
+        options["return_token_type_ids"] = False
+        tokens = self.tokenizer(prompts, return_tensors="pt", **options).to(device)
+        states = self.text(**tokens, encoder_hidden_states=patches, is_decoder=False)
+        reward = self.head(states.last_hidden_state[:, 0]).squeeze(-1)
+        return (reward - self.MEAN) / self.STD
 
 
 # --- Their parts --------------------------------------------------------------------------------
@@ -308,9 +299,6 @@ OPEN_CLIP = {  # open_clip's names, which the file has: transformers' names
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
     "ln_final.": "text_model.final_layer_norm.",
-    "logit_scale": "logit_scale",
-}
-OPEN_CLIP_BLOCK = {
     ".ln_1.": ".layer_norm1.",
     ".ln_2.": ".layer_norm2.",
     ".mlp.c_fc.": ".mlp.fc1.",
@@ -324,8 +312,6 @@ BLIP_VISION = {
     "patch_embed.proj.": "embeddings.patch_embedding.",
     "norm.": "post_layernorm.",
     "blocks.": "encoder.layers.",
-}
-BLIP_VISION_BLOCK = {
     ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.",
     ".attn.qkv.": ".self_attn.qkv.",
@@ -333,11 +319,9 @@ BLIP_VISION_BLOCK = {
 }
 
 
-def rename(key: str, starts: dict[str, str], inner: dict[str, str]) -> str:
-    """key with the first of starts that it begins with replaced, then each of inner."""
-    start = next((x for x in starts if key.startswith(x)), "")
-    key = starts.get(start, "") + key.removeprefix(start)
-    for old, new in inner.items():
+def rename(key: str, names: dict[str, str]) -> str:
+    """key with each of names replaced, in their order."""
+    for old, new in names.items():
         key = key.replace(old, new)
     return key
 
@@ -346,7 +330,7 @@ def clip_from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' CLIPModel's tensors from those of an open_clip CLIP with a ViT."""
     made = {}
     for key, tensor in tensors.items():
-        name = rename(key, OPEN_CLIP, OPEN_CLIP_BLOCK)
+        name = rename(key, OPEN_CLIP)
         if ".qkv_proj." in name:  # open_clip stacks the three, transformers has them apart
             for letter, part in zip("qkv", tensor.chunk(3)):
                 made[name.replace("qkv_proj", f"{letter}_proj")] = part
@@ -362,7 +346,7 @@ def image_reward_parts(tensors: dict[str, Tensor]) -> tuple[dict, dict, dict]:
     for key, tensor in tensors.items():
         if key.startswith("blip.visual_encoder."):
             name = key.removeprefix("blip.visual_encoder.")
-            vision[rename(name, BLIP_VISION, BLIP_VISION_BLOCK)] = tensor
+            vision[rename(name, BLIP_VISION)] = tensor
         elif key.startswith("blip.text_encoder.") and not key.endswith(".position_ids"):
             text[key.removeprefix("blip.text_encoder.")] = tensor
         elif key.startswith("mlp.layers."):
