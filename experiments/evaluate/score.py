@@ -27,23 +27,16 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from experiments.evaluate import scorers
 from experiments.evaluate.geneval import READ, Column, how_to_make, parse, per_image, read_lines
-from experiments.evaluate.scorers import (
-    Aesthetic,
-    ClipScore,
-    Hpsv2,
-    ImageReward,
-    PickScore,
-    identity,
-)
 from sample import save_whole
 
 MODEL_BASED = {
-    "pickscore": PickScore,
-    "clipscore": ClipScore,
-    "aesthetic": Aesthetic,
-    "hpsv2": Hpsv2,
-    "imagereward": ImageReward,
+    "pickscore": scorers.PickScore,
+    "clipscore": scorers.ClipScore,
+    "aesthetic": scorers.Aesthetic,
+    "hpsv2": scorers.Hpsv2,
+    "imagereward": scorers.ImageReward,
 }
 Metric = Literal[*MODEL_BASED, *READ]
 WEIGHTS = ("from", "transformer", "lora")  # keys of protocol.json that a comparison is about
@@ -183,7 +176,7 @@ def find_weights(names: list[str]) -> dict[str, str]:
     for name in names:
         sources = MODEL_BASED[name].SOURCES
         try:
-            found[name] = "; ".join(identity(source) for source in sources)
+            found[name] = "; ".join(scorers.identity(source) for source in sources)
         except OSError as error:
             missing.append(f"{name}, which needs {' and '.join(sources)} ({error})")
     if missing:

@@ -17,20 +17,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on torchvi
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    BertTokenizer,
-    BlipTextConfig,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -157,7 +148,7 @@ class Aesthetic:
     SOURCES = (CLIP_L, AESTHETIC)
 
     def __init__(self, device: torch.device):
-        self.model = load_clip(CLIPVisionModelWithProjection, CLIP_L).eval().to(device)
+        self.model = load_clip(transformers.CLIPVisionModelWithProjection, CLIP_L).eval().to(device)
         self.pixels = CLIPImageProcessorPil.from_pretrained(CLIP_L)
         self.head = score_head(self.model.config.projection_dim)
         tensors = read_tensors(AESTHETIC)
@@ -183,7 +174,7 @@ class Hpsv2:
     SOURCES = (HPS, CLIP_H)
 
     def __init__(self, device: torch.device):
-        config = CLIPConfig.from_pretrained(CLIP_H)
+        config = transformers.CLIPConfig.from_pretrained(CLIP_H)
         self.size = config.vision_config.image_size
         self.model = CLIPModel(config)
         load_exactly(self.model, clip_from_open_clip(read_tensors(HPS)), HPS)
@@ -206,7 +197,7 @@ class ImageReward:
     SOURCES = (IMAGE_REWARD, BERT)
     MEAN = 0.16717362830052426
     STD = 1.0333394966054072
-    VISION = BlipVisionConfig(
+    VISION = transformers.BlipVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
@@ -214,10 +205,11 @@ class ImageReward:
         image_size=224,
         layer_norm_eps=1e-6,  # timm's
     )
-    TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)  # else BERT base's
+    # All else is BERT base's
+    TEXT = transformers.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
 
     def __init__(self, device: torch.device):
-        self.vision = BlipVisionModel(self.VISION)
+        self.vision = transformers.BlipVisionModel(self.VISION)
         self.text = BlipTextModel(self.TEXT, add_pooling_layer=False)
         self.head = score_head(self.TEXT.hidden_size)
         parts = image_reward_parts(read_tensors(IMAGE_REWARD))
@@ -225,7 +217,7 @@ class ImageReward:
             load_exactly(module, tensors, IMAGE_REWARD)
             module.eval().to(device)
         self.pixels = CLIPImageProcessorPil()  # CLIP's means, bicubic to 224, as in the source
-        self.tokenizer = BertTokenizer.from_pretrained(BERT)
+        self.tokenizer = transformers.BertTokenizer.from_pretrained(BERT)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         device = self.vision.device

@@ -29,7 +29,7 @@ def bright(monkeypatch) -> SimpleNamespace:
 
     kind = Mock(return_value=values, SOURCES=("its/source",))
     monkeypatch.setattr(score, "MODEL_BASED", {"aesthetic": kind})
-    monkeypatch.setattr(score, "identity", lambda source: f"{source} {made.weights}")
+    monkeypatch.setattr(score.scorers, "identity", lambda source: f"{source} {made.weights}")
     return made
 
 

@@ -118,6 +118,7 @@ def test_score_folder_writes_results_that_genevals_summary_reads(tmp_path):
     assert [row["correct"] for row in rows] == [True] + 5 * [True, False]
     assert [row["tag"] for row in rows[::2]] == tags
     for row in rows:
-        assert row.keys() > {"filename", "reason", "metadata"} and row["prompt"] == "a circle"
+        assert row.keys() > {"filename", "reason", "metadata"}
+        assert row["prompt"] == "a circle"
     with pytest.raises(ValueError, match="no NNNNN"):
         detect.score_folder(samples)

@@ -65,7 +65,8 @@ def test_arms_differ_from_the_published_settings_in_what_they_say():
     }
     assert list(sft_vs_soar.ARMS) == list(arms)
     for arm, (changed, *times, units) in zip(sft_vs_soar.ARMS.values(), arms.values()):
-        assert arm.config == SoarConfig(**changed) and [arm.steps, arm.batch] == times
+        assert arm.config == SoarConfig(**changed)
+        assert [arm.steps, arm.batch] == times
         assert 3 * arm.compute() == pytest.approx(units)
     more = sft_vs_soar.Arm("", SoarConfig(guidance_scale=1.0, num_rollout_paths=2))
     assert more.compute() == pytest.approx(13)
