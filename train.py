@@ -8,8 +8,8 @@ would run, and writes nothing. The defaults are those of the published runs on s
 of 8 GPUs x 4 images.
 
 However a run ended, the same command goes on from its last checkpoint. At SIGTERM, SIGINT or
-SIGUSR1 it breaks off a validation, ends its step, saves a checkpoint and stops; torchrun leaves it
-30 s for that (experiments/README.md, Signals: how to give it more).
+SIGUSR1 it ends the step that it is in, or a validation and the step after it, saves a checkpoint
+and stops; torchrun leaves it 30 s for that (experiments/README.md, Signals: how to give it more).
 
 Written to output_dir:
 - checkpoint-NNNNNN/: transformer/ (with --lora_rank a LoRA file in its place),
@@ -292,10 +292,10 @@ def decode(content: bytes) -> Image.Image:
     if image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits: convert it to 8")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    # A colour profile is for one kind of pixels, and the image must have that first: L for a grey
-    # image with a grey profile, CMYK, else RGB (a grey image may have an RGB profile).
+    # Pixels must be of the kind that the profile is for: L if both are grey, CMYK if the image is,
+    # else RGB, which a grey image's profile may be for too.
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
-    if image.info.get("icc_profile"):  # a broken one is None
+    if image.info.get("icc_profile"):  # Pillow has None for one in pieces: taken as sRGB
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
             kind = "L"
@@ -341,7 +341,7 @@ class Pairs:
             raise ValueError(
                 f"{self.name}: --image_column holds {table.features[data.image_column]}, no images"
             ) from None
-        self.rows = at_least(table, data.minima)  # number in the table, by index of the pair
+        self.rows = at_least(table, data.minima)  # rows[i]: the table's row of pair i
         self.digests: list[int] = []
         self.processor = VaeImageProcessor(vae_scale_factor=1)
 
@@ -439,7 +439,7 @@ def step_indices(num_pairs: int, global_batch: int, seed: int, step: int) -> lis
 
 def batched(draws: list[Draws]) -> Draws:
     """Draws of one sample each, as one of all."""
-    # Where B is: z1 (B, C, h, w), t (B,), u (M, N, B), path_noise, path_z1 (M - 1, B, C, h, w).
+    # Where B is: z1 (B, ...), t (B,), u (M, N, B), path_noise (M - 1, B, ...), path_z1 (M, B, ...).
     axes = Draws(z1=0, t=0, u=2, path_noise=1, path_z1=1)
     joined = []
     for values, axis in zip(zip(*draws), axes):  # values: of one field, of all samples
@@ -497,9 +497,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 def load_trainable(
     name_or_path: str, weights: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer on device, what is trained in float32. weights: a transformer folder or LoRA
-    file; None: the pipeline's own. Without lora_rank a LoRA file is merged and all is trained; with
-    it that LoRA is. Raises ValueError: the weights do not fit."""
+    """The transformer on device; trained parameters are float32. weights: a transformer folder or a
+    LoRA file; None: the pipeline's own. Without lora_rank a LoRA file is merged and all weights are
+    trained; with it the file's matrices are, or new ones. Raises ValueError: weights do not fit."""
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
         for parameter in model.requires_grad_(True).parameters():
@@ -537,7 +537,8 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """torch.compile each block on first use: one graph per kind of block, with gradients or not."""
+    """torch.compile each block on first use. Blocks of a kind share their graphs: one with
+    gradients, one without."""
     # optimize_ddp would cut graphs where DDP's buckets end, so that all-reduces start early; graphs
     # of one block are small enough to do without.
     torch._dynamo.config.optimize_ddp = False
@@ -584,8 +585,8 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. A schedule may be 0 at its two ends: it is made one step longer than
-    the run, and starts at step 0, so that no step that is taken has the rate 0."""
+    there is no state to save. A schedule may be 0 at step 0 and at its last. That is here
+    max_train_steps + 1, so the steps that are taken, 1 to max_train_steps, are neither."""
     # Only its function is used. That it sets the optimizer's rate here is undone before each step.
     return get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
@@ -676,7 +677,8 @@ def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
     return values | {
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
         "pipeline": identity(base, "rest"),  # all but its transformer
-        "transformer": digest(weights) if weights else identity(base, "transformer"),
+        "transformer": identity(base, "transformer"),
+        "start": digest(weights) if weights else "base",
         "resolution": args.data.resolution,
         "global_batch": global_batch,
     }
@@ -824,7 +826,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     state = {"step": 0, "sums": zero_sums(device).tolist()}
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        # All but the data, whose reading takes a while: their saved digest stands for the new one.
+        # settings have no data yet, which take long to read: here the saved ones stand for them.
         check_same(state["settings"], state["settings"] | settings, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
@@ -832,7 +834,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
     if checkpoint is not None:
         check_same(state["settings"], settings, folder)
-    if held_out is not None:
+    if held_out is not None:  # a pair for each rank at least: read_batch takes no empty batch
         pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}; "
         pairs_said += f"{len({*held_out.digests} & {*pairs.digests})} also in --dataset"
     pipe = load_frozen(args, device)
@@ -887,7 +889,7 @@ def report(args: Args, run: Run) -> None:
     cut = count_cut(run.pipe, captions, length)
     split = f"{training.gradient_accumulation_steps} x {training.train_batch_size}"
     size = sum(x.numel() for x in trained(run.transformer).values())
-    each = 12 * size / 1e9  # GB: a weight and AdamW's two moments, in float32
+    each = 12.5 * size / 1e9  # GB: a weight and two moments in float32, and some for buffers
     every, limit = args.job.checkpointing_steps, args.job.checkpoints_total_limit
     to_come = sum(step > run.step for step in (*range(every, steps, every), steps))
     if limit:  # at most limit + 1 at once, as the oldest goes when a new one is whole
@@ -932,8 +934,8 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
-    # A rank's loss is world_size times its part, see above. Each rank counts it once, so that the
-    # sum over ranks is divided by world_size.
+    # Summed over ranks, the losses are world_size times the loss, as each was divided by normalizer
+    # / world_size. So each rank counts 1, and the ratio is the loss.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, micros, sums)
@@ -976,8 +978,9 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
     # autocast keeps its bf16 copies of the weights until its outermost block ends. This block does
-    # no more than be that one (bf16 is switched on in velocity), so that the copies are made once
-    # and not for every term. They need a graph: the base term, which comes first, makes them.
+    # no more than be that one (bf16 is switched on in velocity): the copies are made once, not for
+    # every term. If the rollout, which is under no_grad, made them first, the weights would get no
+    # gradient; the base term makes them.
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
@@ -988,17 +991,14 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
             del term  # or what its graph still holds would be there during the next forward
 
 
-def validate(args: Args, run: Run, prompts: list[dict], noted: list[int]) -> None:
+def validate(args: Args, run: Run, prompts: list[dict]) -> None:
     """Write an image for each prompt, which the ranks share out, to a folder in output_dir: from
-    the noise that sample.py has for a prompt's first image and --seed. Ends when a signal is noted.
-    """
+    the noise that sample.py has for a prompt's first image and --seed."""
     training = args.training
     folder = args.output_dir / f"validation-{run.step:06d}"
     folder.mkdir(exist_ok=True)
     uncond = {key: x[:1] for key, x in run.uncond.items()}
     for i in range(run.rank, len(prompts), run.world_size):
-        if noted:
-            return
         text = prompts[i]["prompt"]
         noise = torch.randn(1, *run.latent_shape, generator=seeded(training.seed, text, 0))
         cond = encode_prompts(run.pipe, [text], training.max_sequence_length)
@@ -1019,8 +1019,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # On purpose not the split of check(): most rows that a rank reads were digested by others, so
-    # that a node with other data is found.
+    # In one piece, where check() took every n-th row: so a rank reads rows that others digested,
+    # and read() raises if its node has other data.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         indices = part.tolist()
@@ -1069,13 +1069,14 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
             )
         return
 
-    def due() -> bool:  # the validation, before the next step
+    def validation_due() -> bool:
         return run.step == steps or run.step % job.validation_steps == 0
 
     noted = note_signals()
     log = None
     if run.rank == 0:
-        log = Log(args.output_dir, run.step, measured_again=run.held_out is not None and due())
+        measured_again = run.held_out is not None and validation_due()
+        log = Log(args.output_dir, run.step, measured_again)
         stack.callback(log.writer.close)
     dist.barrier(run.cpu_group)
     wait_for(args.output_dir / "metrics.jsonl")
@@ -1083,11 +1084,11 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     stop_signal = 0
 
     while not stop_signal:
-        # Where a step is a checkpoint, that was saved before it is validated here: a run that ends
-        # in between goes on from it, and validates it.
-        if due():
+        # A step is saved at the end of this loop and validated at the next start of it: a run that
+        # is killed while it validates goes on from that step, and validates it again.
+        if validation_due():
             if prompts:
-                validate(args, run, prompts, noted)
+                validate(args, run, prompts)
             if run.held_out:
                 line = held_out_errors(args, run, velocity)
                 if log:

@@ -218,13 +218,6 @@ def test_output_dir_is_locked_before_its_newest_checkpoint_is_chosen(tmp_path, m
     assert locks == [True]
 
 
-def test_signal_breaks_off_a_validation(tmp_path, monkeypatch, prompts, capsys):
-    monkeypatch.setattr(train, "note_signals", lambda: [signal.SIGTERM])
-    run(tmp_path / "run", validation_prompts=prompts)
-    assert "step 1 of 5000 is saved; stopped by SIGTERM" in capsys.readouterr().out
-    assert not list((tmp_path / "run/validation-000000").iterdir())
-
-
 def test_dry_run_of_a_finished_run_says_so_and_changes_nothing(runs, capsys):
     before = {path: path.stat().st_mtime_ns for path in (runs / "1x4").rglob("*")}
     run(runs / "1x4", train_batch_size=4, max_train_steps=5, dry_run=True)
