@@ -313,7 +313,7 @@ def errors_table(result: dict) -> str:
     return markdown(lines, names=2)
 
 
-MAIN = ("sft", "base", "sft_steps", "soar", "no_rollout", "n1", "n1_steps", "w1", "k20", "k100")
+MAIN = ("sft", "base", "sft_steps", "soar", "no_rollout", "n1", "w1")
 PAIRS = (
     ("soar", "sft"), ("no_rollout", "sft"), ("soar", "no_rollout"), ("sft_steps", "soar"),
     ("n1", "soar"), ("n1_steps", "soar"),
