@@ -677,8 +677,8 @@ def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
     return values | {
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
         "pipeline": identity(base, "rest"),  # all but its transformer
-        "transformer": identity(base, "transformer"),
-        "start": digest(weights) if weights else "base",
+        "transformer": digest(weights) if weights else "base",
+        "base_transformer": identity(base, "transformer"),
         "resolution": args.data.resolution,
         "global_batch": global_batch,
     }
@@ -819,7 +819,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     flags = vars(args.data) | vars(args.training) | vars(args.job)  # SOAR's are in settings
     check_ranks_agree(flags | settings | {"output_dir": folder}, cpu_group)
     if visible(folder) and not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"--output_dir {folder} is in other use: it has no metrics.jsonl of a run")
+        raise ValueError(f"--output_dir {folder} is not empty and holds no run: no metrics.jsonl")
     if rank == 0 and not args.job.dry_run:
         stack.enter_context(locked(folder))  # from here on no other run adds a checkpoint
     checkpoint = newest_checkpoint(folder, cpu_group)

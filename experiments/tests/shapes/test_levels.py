@@ -23,7 +23,8 @@ def few(world, monkeypatch):
     small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,), "FIRST": "12-vae"}
     for name, value in small.items():
         monkeypatch.setattr(levels_table, name, value)
-    small |= {"SLOPE_PAIRS": 2, "WALKED_PAIRS": 2, "SETTING": setting, "WHOLE": 12}
+    small |= {"SLOPE_PAIRS": 2, "WALKED_PAIRS": 2}
+    small |= {"SETTING": setting, "WHOLE": 12}
     small |= {"STAGES": ((12, None, ("sft",), (0, 1)), (8, 0.0, ("sft",), (0,)))}
     small |= {"SCORED_PROMPTS": 2, "REFIT_SCENES": 8, "REFIT_STEPS": 2}
     for name, value in small.items():

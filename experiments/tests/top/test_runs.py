@@ -290,6 +290,15 @@ def test_soar_starts_from_the_weights_of_sft(runs, tmp_path, monkeypatch):
     refused(tmp_path / "x", "in_channels is 4, that of", transformer=tmp_path / "copy")
 
 
+def test_lora_goes_on_over_the_base_that_it_began_with(lora, tmp_path):
+    copy_base(tmp_path / "model")
+    flags = {"pretrained_model_name_or_path": tmp_path / "model", "lora_rank": 4}
+    flags |= {"transformer": last(lora / "whole")}
+    run(tmp_path / "on", max_train_steps=1, **flags)
+    edit_weights(tmp_path / "model/transformer", scale_first)
+    refused(tmp_path / "on", "base_transformer was ", max_train_steps=2, **flags)
+
+
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
     """Two steps of LoRA over bf16 weights, in one run and in two."""
