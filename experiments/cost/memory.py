@@ -15,28 +15,25 @@ its buckets are, and the process group is torch's fake one.
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from transformers import CLIPTokenizer, T5TokenizerFast
 
 import soar
 import train
-from experiments.cost.rehearsal import empty_model, parts, write_tokenizers
+from experiments.cost.rehearsal import TRANSFORMER, empty_pipeline
 from experiments.environment import markdown
-from sample import encode_images, encode_prompts, seeded
+from sample import ENCODERS, encode_images, encode_prompts, seeded
 from soar import SoarConfig, draw, soar_terms
 
 CPU = torch.device("cpu")
@@ -113,27 +110,17 @@ def to_fake(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def load(checkpointing: bool, lora_rank: int | None, blocks: int | None):
-    """What train.set_up loads: (pipe, transformer, optimizer), with gradients as DDP has them,
-    and moments as after a step."""
-    with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
-        models = {x.name: empty_model(x).requires_grad_(False).eval() for x in parts(blocks)}
-        transformer = models.pop("transformer").train()
-        write_tokenizers(Path(folder))
-        pipe = StableDiffusion3Pipeline(
-            transformer=None,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            tokenizer=CLIPTokenizer.from_pretrained(f"{folder}/tokenizer"),
-            tokenizer_2=CLIPTokenizer.from_pretrained(f"{folder}/tokenizer_2"),
-            tokenizer_3=T5TokenizerFast.from_pretrained(f"{folder}/tokenizer_3"),
-            **models,
-        )
+    """What train.set_up loads: (pipe, optimizer), with gradients as DDP has them, and moments as
+    after a step."""
+    with unset_fake_temporarily():
+        pipe = empty_pipeline(blocks)
+        transformer = pipe.transformer.train()
+        frozen = {name: getattr(pipe, name).eval() for name in ("vae", *ENCODERS)}
         if lora_rank:
             with torch.device("meta"):
                 train.add_lora(transformer, lora_rank, 0)
-        else:
-            transformer.requires_grad_(True)
-    for name, model in models.items():
-        to_fake(model, torch.float32 if name == "vae" else torch.bfloat16)
+    for name, model in frozen.items():
+        to_fake(model.requires_grad_(False), torch.float32 if name == "vae" else torch.bfloat16)
     to_fake(transformer, torch.bfloat16 if lora_rank else torch.float32)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -142,7 +129,7 @@ def load(checkpointing: bool, lora_rank: int | None, blocks: int | None):
         x.grad = torch.zeros_like(x)
     optimizer = train.make_optimizer(train.TrainingConfig(), trained, None)
     optimizer.step()  # the first makes AdamW's moments
-    return pipe, transformer, optimizer
+    return pipe, optimizer
 
 
 @contextlib.contextmanager
@@ -168,14 +155,14 @@ def measure(
     config, side = SoarConfig(num_aux_points=1), 512 if blocks is None else 64
     tracker, shape = Tracker(), (images, 16, side // 8, side // 8)
     with faked(), cuda_autocast():
-        pipe, transformer, optimizer = load(checkpointing, lora_rank, blocks)
-        velocity = train.make_velocity(transformer, CPU, True)
+        pipe, optimizer = load(checkpointing, lora_rank, blocks)
+        velocity = train.make_velocity(pipe.transformer, CPU, True)
         draws = draw(shape, config, seeded("memory"))
         pixels, noise = torch.zeros(images, 3, side, side), torch.zeros(shape)
-        texts = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+        texts = [getattr(pipe, name) for name in ENCODERS]
         ddp = SimpleNamespace(no_sync=contextlib.nullcontext)
-        parameters = list(train.trained(transformer).values())
-        tracker.track_external(transformer, optimizer, pipe.vae, *texts)
+        parameters = list(train.trained(pipe.transformer).values())
+        tracker.track_external(pipe.transformer, optimizer, pipe.vae, *texts)
         with tracker:
             uncond = encode_prompts(pipe, [""] * images, 77)
             sums = train.zero_sums(CPU)
@@ -207,13 +194,11 @@ def measure(
 def forward_flops() -> int:
     """Of a forward of the transformer for an image, with 154 tokens of text."""
     with faked(), torch.no_grad():
-        (part, *_) = parts(None)
-        transformer = part.kind(**part.config)
         cond = {
-            "encoder_hidden_states": torch.zeros(1, 154, part.config["joint_attention_dim"]),
-            "pooled_projections": torch.zeros(1, part.config["pooled_projection_dim"]),
+            "encoder_hidden_states": torch.zeros(1, 154, TRANSFORMER["joint_attention_dim"]),
+            "pooled_projections": torch.zeros(1, TRANSFORMER["pooled_projection_dim"]),
         }
-        velocity = train.make_velocity(transformer, CPU, True)
+        velocity = train.make_velocity(SD3Transformer2DModel(**TRANSFORMER), CPU, True)
         return flops(lambda: velocity(torch.zeros(1, 16, 64, 64), torch.zeros(1), cond))
 
 

@@ -21,13 +21,16 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import diffusers
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -42,9 +45,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from sample import LORA, checkpoints, save_whole, seeded, visible
-
-ROOT = Path(__file__).parents[2]
+from experiments.environment import ROOT
+from experiments.shapes.draw import PAIRS
+from sample import ENCODERS, LORA, checkpoints, seeded, visible
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,6 @@ class Args:
     blocks: int | None = None
     """Blocks per network, of a few channels, at 64 x 64 pixels; by default all, of their real
     size, at 512 x 512."""
-
-    def __post_init__(self):
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"--blocks is {self.blocks}, expected at least 1")
 
     @property
     def resolution(self) -> int:
@@ -98,16 +97,9 @@ T5 = {
 }  # fmt: skip
 
 
-class Part(NamedTuple):
-    """A model of the pipeline."""
-
-    name: str  # its folder
-    kind: type
-    config: dict
-
-
-def parts(blocks: int | None) -> list[Part]:
-    """The pipeline's models, of their real size or with so many small blocks."""
+def empty_pipeline(blocks: int | None) -> StableDiffusion3Pipeline:
+    """Models of their real size, or with so many small blocks, on the meta device, and tokenizers
+    of single characters, with the real ones' classes, sizes and special tokens."""
     transformer, clip_l, clip_g, t5, vae = TRANSFORMER, CLIP_L, CLIP_G, T5, VAE
     if blocks is not None:
         transformer = transformer | {
@@ -121,22 +113,25 @@ def parts(blocks: int | None) -> list[Part]:
         clip_l, clip_g = clip_l | small | one_head, clip_g | small | two_heads
         t5 = t5 | {"d_model": 256, "d_ff": 640, "num_layers": blocks, "num_heads": 4}
         vae = vae | {"block_out_channels": (32, 32, 32, 32)}
-    return [
-        Part("transformer", SD3Transformer2DModel, transformer),
-        Part("vae", AutoencoderKL, vae),
-        Part("text_encoder", CLIPTextModelWithProjection, clip_l),
-        Part("text_encoder_2", CLIPTextModelWithProjection, clip_g),
-        Part("text_encoder_3", T5EncoderModel, t5),
-    ]
-
-
-def empty_model(part: Part) -> torch.nn.Module:
-    """On the meta device."""
-    configs = {CLIPTextModelWithProjection: CLIPTextConfig, T5EncoderModel: T5Config}
+    characters = [chr(i) for i in range(33, 127)]
+    vocabulary = {x: i for i, x in enumerate(characters + [x + "</w>" for x in characters])}
+    vocabulary |= {"<|startoftext|>": CLIP_VOCABULARY - 2, "<|endoftext|>": CLIP_VOCABULARY - 1}
+    clip = {"vocab": vocabulary, "merges": [], "model_max_length": 77}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(x, -2.0) for x in characters]
+    pieces += [(f"<unused {i}>", -99.0) for i in range(T5_VOCABULARY - 100 - len(pieces))]
     with torch.device("meta"):
-        if part.kind in configs:
-            return part.kind(configs[part.kind](**part.config))
-        return part.kind(**part.config)
+        return StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(**transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=AutoencoderKL(**vae),
+            text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**clip_l)),
+            tokenizer=CLIPTokenizer(**clip),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**clip_g)),
+            tokenizer_2=CLIPTokenizer(**clip, pad_token="!"),
+            text_encoder_3=T5EncoderModel(T5Config(**t5)),
+            tokenizer_3=T5TokenizerFast(vocab=pieces, extra_ids=100, model_max_length=512),
+        )
 
 
 def random_weight(part: str, name: str, shape: torch.Size) -> Tensor:
@@ -147,19 +142,18 @@ def random_weight(part: str, name: str, shape: torch.Size) -> Tensor:
     return (x / math.sqrt(x[0].numel())).bfloat16()
 
 
-def write_part(part: Part, folder: Path, shard: int) -> None:
+def write_model(model: torch.nn.Module, folder: Path, shard: int) -> None:
     """Write a model's config and weights; never holds more of them than a shard, in bytes."""
-    model = empty_model(part)
     tensors = dict(model.named_parameters())  # tied ones once
-    name = "model"
+    name = "diffusion_pytorch_model"
     if isinstance(model, PreTrainedModel):
-        model.config.architectures = [part.kind.__name__]
+        name = "model"
+        model.config.architectures = [type(model).__name__]
         model.config.dtype = "bfloat16"
         model.config.save_pretrained(folder)
     else:
         model.save_config(folder)
-        name = "diffusion_pytorch_model"
-    if part.kind is SD3Transformer2DModel:
+    if isinstance(model, SD3Transformer2DModel):
         tensors["pos_embed.pos_embed"] = model.pos_embed.pos_embed  # a buffer that is saved, too
     tensors = {name: x.to(torch.bfloat16) for name, x in tensors.items()}
     pattern = name + "{suffix}.safetensors"
@@ -167,58 +161,23 @@ def write_part(part: Part, folder: Path, shard: int) -> None:
         tensors, filename_pattern=pattern, max_shard_size=shard
     )
     for file, names in shards.filename_to_tensors.items():
-        made = {x: random_weight(part.name, x, tensors[x].shape) for x in names}
+        made = {x: random_weight(folder.name, x, tensors[x].shape) for x in names}
         save_file(made, folder / file, metadata={"format": "pt"})
         del made
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        save_whole(json.dumps(index) + "\n", folder / f"{name}.safetensors.index.json")
-
-
-def write_tokenizers(folder: Path) -> None:
-    """Tokenizers of single characters, with the real ones' classes, sizes and special tokens."""
-    characters = [chr(i) for i in range(33, 127)]
-    vocabulary = {x: i for i, x in enumerate(characters + [x + "</w>" for x in characters])}
-    vocabulary |= {"<|startoftext|>": CLIP_VOCABULARY - 2, "<|endoftext|>": CLIP_VOCABULARY - 1}
-    clip = {"vocab": vocabulary, "merges": [], "model_max_length": 77}
-    CLIPTokenizer(**clip).save_pretrained(folder / "tokenizer")
-    CLIPTokenizer(**clip, pad_token="!").save_pretrained(folder / "tokenizer_2")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
-    pieces += [(x, -2.0) for x in characters]
-    pieces += [(f"<unused {i}>", -99.0) for i in range(T5_VOCABULARY - 100 - len(pieces))]
-    t5 = T5TokenizerFast(vocab=pieces, extra_ids=100, model_max_length=512)
-    t5.save_pretrained(folder / "tokenizer_3")
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_pipeline(folder: Path, blocks: int | None) -> None:
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    }
-    for part in parts(blocks):
-        (folder / part.name).mkdir(parents=True)
+    pipe = empty_pipeline(blocks)
+    pipe.save_config(folder)
+    for name in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        getattr(pipe, name).save_pretrained(folder / name)
+    for name in ("transformer", "vae", *ENCODERS):
         # In little, too, T5 is in two shards: its embeddings, then its blocks.
-        write_part(part, folder / part.name, 5 * 10**9 if blocks is None else 17 * 10**6)
-        library = "transformers" if "text" in part.name else "diffusers"
-        index[part.name] = [library, part.kind.__name__]
-    write_tokenizers(folder)
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    save_whole(json.dumps(index) + "\n", folder / "model_index.json")
-
-
-def write_pairs(folder: Path, side: int) -> None:
-    """Four images that are not square, with captions."""
-    folder.mkdir()
-    rng, lines = np.random.default_rng(0), []
-    for i in range(4):
-        pixels = rng.integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
+        shard = 5 * 10**9 if blocks is None else 17 * 10**6
+        write_model(getattr(pipe, name), folder / name, shard)
 
 
 # --- The commands -------------------------------------------------------------------------------
@@ -252,28 +211,6 @@ def run(name: str, args: Args, words: list, kill_at: Path | None = None) -> None
     end = "killed" if kill_at else "exit 0"
     seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 2**20
     print(f"| {name} | {end} | {seconds:.0f} | {peak:.2f} |", flush=True)
-
-
-def train_words(args: Args, output_dir: Path) -> list:
-    """The README's command for a small GPU, with two steps and a learning rate that shows."""
-    return [
-        "train.py", "--pretrained_model_name_or_path", args.output_dir / "model",
-        "--dataset", args.output_dir / "pairs", "--output_dir", output_dir,
-        "--lora_rank", 16, "--mixed_precision", "bf16", "--gradient_checkpointing",
-        "--resolution", args.resolution, "--train_batch_size", 1, "--num_aux_points", 1,
-        "--max_train_steps", 2, "--checkpointing_steps", 1, "--logging_steps", 1,
-        "--learning_rate", 1e-2,
-    ]  # fmt: skip
-
-
-def sample_words(args: Args, lora: Path, output_dir: Path) -> list:
-    """The base's image and the LoRA's, from the same noise."""
-    side = args.resolution
-    return [
-        "sample.py", "--pretrained_model_name_or_path", args.output_dir / "model",
-        "--prompt", "a bench", "--output_dir", output_dir, "--transformer", "base", lora,
-        "--num_inference_steps", 2, "--num_images_per_prompt", 1, "--height", side, "--width", side,
-    ]  # fmt: skip
 
 
 # --- What they promise --------------------------------------------------------------------------
@@ -321,16 +258,27 @@ def check_images(args: Args) -> None:
 
 def rehearse(args: Args) -> None:
     """Write the pipeline, run all commands, check them."""
-    output, lora = args.output_dir, args.output_dir / "lora"
+    output, lora, side = args.output_dir, args.output_dir / "lora", args.resolution
     write_pipeline(output / "model", args.blocks)
-    write_pairs(output / "pairs", args.resolution)
     print("| command | ends | seconds | peak GiB |\n| --- | --- | ---: | ---: |")
-    words = train_words(args, lora)
+    # The README's command for a small GPU, with two steps and a learning rate that shows.
+    words = [
+        "train.py", "--pretrained_model_name_or_path", output / "model", "--dataset", PAIRS,
+        "--output_dir", lora, "--lora_rank", 16, "--mixed_precision", "bf16",
+        "--gradient_checkpointing", "--resolution", side, "--train_batch_size", 1,
+        "--num_aux_points", 1, "--max_train_steps", 2, "--checkpointing_steps", 1,
+        "--logging_steps", 1, "--learning_rate", 1e-2,
+    ]  # fmt: skip
     run("train, step 1", args, words, kill_at=lora / "checkpoint-000001")
     first = (lora / "metrics.jsonl").read_text().splitlines()
     run("train, the same command", args, words)
     check_resumed(lora, first)
-    run("sample, base and LoRA", args, sample_words(args, lora, output / "images"))
+    words = [  # both images are from the same noise
+        "sample.py", "--pretrained_model_name_or_path", output / "model", "--prompt", "a bench",
+        "--output_dir", output / "images", "--transformer", "base", lora,
+        "--num_inference_steps", 2, "--num_images_per_prompt", 1, "--height", side, "--width", side,
+    ]  # fmt: skip
+    run("sample, base and LoRA", args, words)
     check_images(args)
 
 

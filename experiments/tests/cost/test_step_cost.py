@@ -9,18 +9,23 @@ from diffusers import SD3Transformer2DModel
 
 import train
 from experiments.cost import memory, step_cost
-from experiments.cost.rehearsal import empty_model, parts
+from experiments.cost.rehearsal import empty_pipeline
 from experiments.cost.step_cost import RESULTS, SIZES, WAYS, Args
+from sample import ENCODERS
 
 PAGE = (RESULTS.parent / "README.md").read_text()
 
 
-def parameters(part) -> int:
-    return sum(x.numel() for x in empty_model(part).parameters())
+def sizes(blocks: int | None) -> list[int]:
+    pipe = empty_pipeline(blocks)
+    names = ("transformer", "vae", *ENCODERS)
+    return [sum(x.numel() for x in getattr(pipe, name).parameters()) for name in names]
 
 
 def test_table_compares_ways_and_counts_units_and_graphs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SIZES, "tiny", (parts(2)[0].config, 16))
+    little = {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    little |= {"joint_attention_dim": 256, "pooled_projection_dim": 192, "pos_embed_max_size": 16}
+    monkeypatch.setitem(SIZES, "tiny", (SIZES["small"][0] | little, 16))
     step_cost.main(Args("table", "tiny", "cpu", 1, 8, 2, compiled=False, output_dir=tmp_path))
     written = json.loads((tmp_path / "step_cost_table_tiny_cpu.json").read_text())
     assert step_cost.as_table(written) in capsys.readouterr().out
@@ -48,9 +53,9 @@ def test_ways_that_differ_are_refused():
 
 def test_sizes_operations_and_hours_are_the_pages():
     """The hub's files in 16 bits are 4.94 GB (0.45 of positions), 0.17, 0.25, 1.39 and 9.52."""
-    sizes = [parameters(part) for part in parts(None)]
-    assert sizes[0] == 2_243_171_520
-    assert [round(2 * size / 1e9, 2) for size in sizes] == [4.49, 0.17, 0.25, 1.39, 9.52]
+    found = sizes(None)
+    assert found[0] == 2_243_171_520
+    assert [round(2 * size / 1e9, 2) for size in found] == [4.49, 0.17, 0.25, 1.39, 9.52]
     with torch.device("meta"):
         small = SD3Transformer2DModel(**SIZES["small"][0]).num_parameters()
     assert small == pytest.approx(46e6, rel=0.01)
@@ -78,7 +83,7 @@ def test_a_step_in_memory_reads_no_value_and_is_the_sum_of_its_parts():
     names = ("weights", "gradients", "moments", "activations")
     assert sum(row[name] for name in names) == row["total"]
     without = memory.measure(encoders_on_cpu=True, blocks=1)
-    encoders = 2 * sum(parameters(part) for part in parts(1)[2:])
+    encoders = 2 * sum(sizes(1)[2:])
     assert row["total"] - without["total"] == encoders
 
 
