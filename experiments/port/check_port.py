@@ -86,14 +86,10 @@ class _Model:
             came = f"z {tuple(z.shape)}, sigma {tuple(sigma.shape)}, cond {tuple(cond.shape)}"
             raise ValueError(f"the port calls velocity with {came}, expected z as z0, sigma (B,)")
         self.calls += zip(z.split(batch), sigma.split(batch), cond.split(batch))
-        shape = (-1, *[1] * (z.ndim - 1))
-        c = cond.view(shape)
-        e_cond, e_uncond = (_repeated(e, copies) for e in (self.e_cond, self.e_uncond))
-        return _repeated(self.z1 - self.z0, copies) + c * e_cond + (1 - c) * e_uncond
-
-
-def _repeated(x: Tensor, copies: int) -> Tensor:
-    return x.repeat(copies, *[1] * (x.ndim - 1))
+        c = cond.view(-1, *[1] * (z.ndim - 1))
+        rows = torch.arange(len(z)) % batch
+        ideal = (self.z1 - self.z0)[rows]
+        return ideal + c * self.e_cond[rows] + (1 - c) * self.e_uncond[rows]
 
 
 def check_port(port: Port, configs: Sequence[SoarConfig] = CONFIGS, *,
@@ -112,9 +108,8 @@ def check_port(port: Port, configs: Sequence[SoarConfig] = CONFIGS, *,
         try:
             largest = max(largest, _check_config(port, config, generator))
         except ValueError as error:
-            default = SoarConfig()
-            pairs = ((name, getattr(config, name)) for name in default.__dataclass_fields__)
-            changed = [f"{name}={x}" for name, x in pairs if x != getattr(default, name)]
+            values = vars(config).items()
+            changed = [f"{name}={x}" for name, x in values if x != getattr(SoarConfig, name)]
             raise ValueError(f"{error} [{', '.join(changed) or 'the default config'}]") from None
     return largest
 

@@ -47,16 +47,13 @@ def errors_of(velocity, z0, draws: Draws, cond, uncond, config: SoarConfig) -> d
     points = calls[-config.num_aux_points :]
     z1 = draws.z1.to(z0)
     ideal = z1 - z0
-    found = {name: [] for name in ("sigma", *ERRORS)}
+    found = []
     for z, sigma, v_aux in points:
         target = correction_target(z, z0, sigma)
         v_ideal = velocity(interpolate(z0, z1, sigma).to(z.dtype), sigma, cond)
-        found["sigma"].append(sigma)
-        found["on"].append(square(v_ideal - ideal))
-        found["off"].append(square(v_aux - target))
-        found["blind"].append(square(v_ideal - target))
-        found["shift"].append(square(target - ideal))
-    return {name: torch.cat(x) for name, x in found.items()}
+        gaps = (v_ideal - ideal, v_aux - target, v_ideal - target, target - ideal)  # as ERRORS
+        found.append([sigma, *map(square, gaps)])
+    return dict(zip(("sigma", *ERRORS), map(torch.cat, zip(*found))))
 
 
 @dataclass(frozen=True)
