@@ -41,16 +41,13 @@ class Bf16Products(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.overloadpacket not in PRODUCTS or args[1].dtype != torch.bfloat16:
             return function(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, to_float32, (args, kwargs))
+        wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x  # noqa: E731
+        args, kwargs = tree_map_only(Tensor, wide, (args, kwargs))
         result = function(*args, **kwargs)
         if function.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
             output, logsumexp = result  # the latter is float32 in any case
             return output.bfloat16(), logsumexp
         return tree_map_only(Tensor, Tensor.bfloat16, result)
-
-
-def to_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 if __name__ == "__main__":

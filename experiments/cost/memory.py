@@ -42,7 +42,6 @@ for end in ("", "_backward"):  # torch alone does not count a CPU's attention
     cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")
     flop_registry[cpu] = flop_registry[gpu]
 
-
 CHECKPOINTING, ON_CPU = {"checkpointing": True}, {"encoders_on_cpu": True}
 LORA = {"lora_rank": 16}
 WAYS = {  # train.py's flags: what measure takes

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,6 @@ class Args:
     blocks: int | None = None
     """Blocks per network, of a few channels, at 64 x 64 pixels; by default all, of their real
     size, at 512 x 512."""
-
-    @property
-    def resolution(self) -> int:
-        return 512 if self.blocks is None else 64
 
 
 # --- The pipeline -------------------------------------------------------------------------------
@@ -189,12 +185,12 @@ def start(words: list[str], env: dict[str, str]) -> int:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | env).pid
 
 
-def run(name: str, args: Args, words: list, kill_at: Path | None = None) -> None:
+def run(name: str, output_dir: Path, words: list, kill_at: Path | None = None) -> None:
     """Run a script, and wait; with kill_at, until that path is there, then kill it. Prints
     a row: how it ended, seconds, and its peak memory in GiB with pages of the files that it reads.
     Raises AssertionError: it ended in another way."""
     began = time.perf_counter()
-    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(args.output_dir / "cache")}
+    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output_dir / "cache")}
     pid = start([str(x) for x in words], env | {"CUDA_VISIBLE_DEVICES": ""})
     ended = 0
     try:
@@ -241,13 +237,12 @@ def check_resumed(output_dir: Path, first: list[str]) -> None:
     assert 12 <= per_parameter < 12.5, f"{per_parameter:.2f} bytes per parameter, expected 12"
 
 
-def check_images(args: Args) -> None:
+def check_images(folder: Path, side: int) -> None:
     """They are of the size that was asked for, not blank, and training has changed them."""
-    folder = args.output_dir / "images"
     places = (folder / "base", next(folder.glob("*-lora")))
     images = [np.asarray(Image.open(x / "00000/samples/00000.png")).astype(float) for x in places]
     for image in images:
-        assert image.shape == (args.resolution, args.resolution, 3), image.shape
+        assert image.shape == (side, side, 3), image.shape
         assert image.std() > 1, "an image is blank"
     apart = np.abs(images[0] - images[1]).mean()
     assert apart > 1 and (folder / "compare.png").is_file(), apart
@@ -256,41 +251,36 @@ def check_images(args: Args) -> None:
 # --- All of it ----------------------------------------------------------------------------------
 
 
-def rehearse(args: Args) -> None:
-    """Write the pipeline, run all commands, check them."""
-    output, lora, side = args.output_dir, args.output_dir / "lora", args.resolution
-    write_pipeline(output / "model", args.blocks)
-    print("| command | ends | seconds | peak GiB |\n| --- | --- | ---: | ---: |")
+def main(args: Args) -> None:
+    output, lora = args.output_dir.resolve(), args.output_dir.resolve() / "lora"
+    if visible(output):
+        raise ValueError(f"--output_dir {output} is not empty, expected a new one")
+    output.mkdir(parents=True, exist_ok=True)
+    side = 512 if args.blocks is None else 64
     # The README's command for a small GPU, with two steps and a learning rate that shows.
-    words = [
+    train = [
         "train.py", "--pretrained_model_name_or_path", output / "model", "--dataset", PAIRS,
         "--output_dir", lora, "--lora_rank", 16, "--mixed_precision", "bf16",
         "--gradient_checkpointing", "--resolution", side, "--train_batch_size", 1,
         "--num_aux_points", 1, "--max_train_steps", 2, "--checkpointing_steps", 1,
         "--logging_steps", 1, "--learning_rate", 1e-2,
     ]  # fmt: skip
-    run("train, step 1", args, words, kill_at=lora / "checkpoint-000001")
-    first = (lora / "metrics.jsonl").read_text().splitlines()
-    run("train, the same command", args, words)
-    check_resumed(lora, first)
-    words = [  # both images are from the same noise
+    sample = [  # both images are from the same noise
         "sample.py", "--pretrained_model_name_or_path", output / "model", "--prompt", "a bench",
         "--output_dir", output / "images", "--transformer", "base", lora,
         "--num_inference_steps", 2, "--num_images_per_prompt", 1, "--height", side, "--width", side,
     ]  # fmt: skip
-    run("sample, base and LoRA", args, words)
-    check_images(args)
-
-
-def main(args: Args) -> None:
-    args = replace(args, output_dir=args.output_dir.resolve())
-    if visible(args.output_dir):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty, expected a new one")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        rehearse(args)
+        write_pipeline(output / "model", args.blocks)
+        print("| command | ends | seconds | peak GiB |\n| --- | --- | ---: | ---: |")
+        run("train, step 1", output, train, kill_at=lora / "checkpoint-000001")
+        first = (lora / "metrics.jsonl").read_text().splitlines()
+        run("train, the same command", output, train)
+        check_resumed(lora, first)
+        run("sample, base and LoRA", output, sample)
+        check_images(output / "images", side)
     finally:
-        shutil.rmtree(args.output_dir)
+        shutil.rmtree(output)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ one forward. Written to experiments/cost/results, as JSON.
 Memory: on CUDA max_memory_allocated; on a CPU what torch's MemTracker counts, eager ways only.
 """
 
+import functools
 import gc
 import io
 import json
@@ -32,7 +33,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import datasets
 import diffusers
@@ -47,13 +48,11 @@ from torch import Tensor
 import soar
 import train
 from experiments.cost import memory
-from experiments.cost.rehearsal import ROOT, TRANSFORMER
-from experiments.environment import markdown
-from sample import init_distributed, save_whole, seeded
+from experiments.cost.rehearsal import TRANSFORMER
+from experiments.environment import ROOT, markdown
+from sample import check_numbers, init_distributed, save_whole, seeded
 
 RESULTS = Path(__file__).parent / "results"
-
-
 SMALL = TRANSFORMER | {
     "num_layers": 8, "num_attention_heads": 6, "caption_projection_dim": 384,
     "dual_attention_layers": (0, 1),
@@ -78,9 +77,7 @@ class Args:
     """Where JSON is written."""
 
     def __post_init__(self):
-        for name, least in (("repeats", 1), ("batch_size", 1), ("num_aux_points", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least {least}")
+        check_numbers(self, may_be_0=("num_aux_points",))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is cuda, but torch sees no GPU here; expected cpu")
 
@@ -92,7 +89,7 @@ class Bench:
     """A model with random weights, an optimizer, and a batch of latents and embeddings."""
 
     def __init__(self, args: Args, device: torch.device):
-        self.args, self.device = args, device
+        self.device = device
         self.config = soar.SoarConfig(num_aux_points=args.num_aux_points)
         config, side = SIZES[args.size]
         self.shape = (args.batch_size, 16, side, side)
@@ -126,18 +123,13 @@ class Bench:
         return moved, soar.loss_normalizer(draws.t, config).item()
 
 
-def ours(bench: Bench, sums: Tensor, config: soar.SoarConfig | None = None) -> None:
+def ours(bench: Bench, sums: Tensor, lambda_aux: float = 1.0) -> None:
     """What train.py does: soar.py's terms, each with its backward."""
-    config = config or bench.config
+    config = replace(bench.config, lambda_aux=lambda_aux)
     draws, normalizer = bench.draws(config)
     inputs = (bench.z0, draws, bench.cond, bench.uncond, config)
     terms = soar.soar_terms(bench.velocity, *inputs, normalizer=normalizer)
     train.backward(terms, config.num_terms, bench.ddp, sums, last=True)
-
-
-def sft(bench: Bench, sums: Tensor) -> None:
-    """The same with lambda = 0."""
-    ours(bench, sums, replace(bench.config, lambda_aux=0.0))
 
 
 def published(bench: Bench, sums: Tensor) -> None:
@@ -170,8 +162,10 @@ def published(bench: Bench, sums: Tensor) -> None:
         train.add_term(sums, term, auxiliary=i > 0)
 
 
-@dataclass(frozen=True)
-class Way:
+sft = functools.partial(ours, lambda_aux=0.0)
+
+
+class Way(NamedTuple):
     gradients: Callable[[Bench, Tensor], None]
     checkpointing: bool = False
     compiled: bool = False
@@ -189,12 +183,10 @@ WAYS = {
 
 def take_step(bench: Bench, name: str) -> Tensor:
     """A training step, with train.py's clipping, check and update: the sums of train.METRICS."""
-    way = WAYS[name]
+    way, sums = WAYS[name], train.zero_sums(bench.device)
+    bench.transformer.disable_gradient_checkpointing()
     if way.checkpointing:
         bench.transformer.enable_gradient_checkpointing()
-    else:
-        bench.transformer.disable_gradient_checkpointing()
-    sums = train.zero_sums(bench.device)
     with torch.compiler.set_stance("default" if way.compiled else "force_eager"):
         way.gradients(bench, sums)
         train.update(bench.settings, bench, [], sums)
