@@ -20,16 +20,15 @@ from pathlib import Path
 import tyro
 
 import sample
+from experiments.environment import ROOT
 from experiments.shapes.detect import score_folder
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS
 from sample import visible
 
-SCRIPTS = Path(__file__).parents[1]
 MODEL = {
-    "pretrained_model_name_or_path": DATA / "model",
-    "max_sequence_length": MAX_SEQUENCE_LENGTH,
-}
-MODEL |= {"mixed_precision": "no"}
+    "pretrained_model_name_or_path": DATA / "model", "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "mixed_precision": "no",
+}  # fmt: skip
 # The pipeline is made for a CPU; two processes could not share a GPU. Nothing is downloaded.
 ENV = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -42,9 +41,6 @@ class Args:
     """Of SFT and of SOAR, whose steps, with N = 1 and lambda = 6, take 2.3 times as long."""
     num_prompts: int = 120
     """Held-out prompts to score, at most 600, taken evenly from the six tasks; one image each."""
-    num_inference_steps: int = 40
-    learning_rate: float = 1e-4
-    seed: int = 42
 
     def __post_init__(self):
         if visible(self.output_dir):
@@ -55,18 +51,12 @@ class Args:
 
 def run(script: str, **flags) -> None:
     """Run a script of the repository with two processes; raises CalledProcessError if it fails."""
-    words = ["torchrun", "--standalone", "--nproc_per_node", "2", os.path.relpath(SCRIPTS / script)]
+    words = ["torchrun", "--standalone", "--nproc_per_node", "2", os.path.relpath(ROOT / script)]
     for name, value in flags.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     print("\n$", shlex.join(words), flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     subprocess.run(command, env=os.environ | ENV, check=True)
-
-
-def seconds_of_steps(run_dir: Path) -> float:
-    """What the steps of a training run took, by its metrics, a line per step."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return sum(json.loads(line)["step_seconds"] for line in lines)
 
 
 def main(args: Args) -> None:
@@ -80,17 +70,16 @@ def main(args: Args) -> None:
     for name, lambda_aux in {"sft": 0.0, "soar": 6.0}.items():
         run(
             "train.py", dataset=PAIRS, output_dir=output / name, lambda_aux=lambda_aux,
-            num_aux_points=1, resolution=64, train_batch_size=16,
-            max_train_steps=args.max_train_steps, learning_rate=args.learning_rate, seed=args.seed,
-            logging_steps=1, **MODEL,
+            num_aux_points=1, resolution=64, train_batch_size=16, learning_rate=1e-4,
+            max_train_steps=args.max_train_steps, logging_steps=1, **MODEL,
         )  # fmt: skip
-        seconds[name] = seconds_of_steps(output / name)
+        lines = (output / name / "metrics.jsonl").read_text().splitlines()  # one per step
+        seconds[name] = sum(json.loads(line)["step_seconds"] for line in lines)
 
-    transformers = ("base", str(output / "sft"), str(output / "soar"))
     flags = MODEL | {
         "prompts": output / "prompts.jsonl", "output_dir": output / "images",
-        "transformer": transformers, "height": 64, "width": 64, "num_images_per_prompt": 1,
-        "batch_size": 20, "seed": args.seed, "num_inference_steps": args.num_inference_steps,
+        "transformer": ("base", str(output / "sft"), str(output / "soar")), "height": 64,
+        "width": 64, "num_images_per_prompt": 1, "batch_size": 20,
     }  # fmt: skip
     run("sample.py", **flags)
     jobs = sample.plan(sample.Args(**flags), [])
