@@ -41,6 +41,7 @@ class Args:
     """Of SFT and of SOAR, whose steps, with N = 1 and lambda = 6, take 2.3 times as long."""
     num_prompts: int = 120
     """Held-out prompts to score, at most 600, taken evenly from the six tasks; one image each."""
+    num_inference_steps: int = 40
 
     def __post_init__(self):
         if visible(self.output_dir):
@@ -80,6 +81,7 @@ def main(args: Args) -> None:
         "prompts": output / "prompts.jsonl", "output_dir": output / "images",
         "transformer": ("base", str(output / "sft"), str(output / "soar")), "height": 64,
         "width": 64, "num_images_per_prompt": 1, "batch_size": 20,
+        "num_inference_steps": args.num_inference_steps,
     }  # fmt: skip
     run("sample.py", **flags)
     jobs = sample.plan(sample.Args(**flags), [])
