@@ -161,8 +161,7 @@ def gradients(loss: Tensor, trainer: Trainer) -> dict[str, Tensor]:
     """Those not 0, once the loss has run backward, unless the trainer already had it do so."""
     if loss.requires_grad:
         trainer.backward(loss)
-    weights = trainer.model.named_parameters()
-    found = {name: x.grad for name, x in weights if x.grad is not None}
+    found = {name: x.grad for name, x in trainer.model.named_parameters() if x.grad is not None}
     trainer.model.zero_grad()
     return {name: x for name, x in found.items() if x.isfinite().all() and x.any()}
 
