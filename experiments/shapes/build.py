@@ -10,7 +10,6 @@ another scene, in a short last phase LATE_WRONG_CAPTIONS: the base knows more th
 import io
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -23,7 +22,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -50,17 +48,8 @@ SHIFT = 3.0
 # --- Pairs and prompts ---
 
 
-def held_out_prompts(per_task: int = 100) -> list[dict]:
-    """The metadata of prompts.jsonl: `per_task` draws of each task, in the order of TAGS."""
-    made = []
-    for i, tag in enumerate(tag for tag in draw.TAGS for _ in range(per_task)):
-        rng = np.random.default_rng(draw.HELD_OUT + i)
-        made.append(draw.make_metadata(rng, tag, held_out=True))
-    return made
-
-
 def write_data(out: Path, pairs: int) -> None:
-    """Write the curated pairs out/train.parquet and the held-out out/prompts.jsonl."""
+    """Write the curated pairs out/train.parquet and the held-out out/prompts.jsonl, 100 a task."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(pairs):
@@ -70,11 +59,13 @@ def write_data(out: Path, pairs: int) -> None:
         image = {"bytes": png.getvalue(), "path": f"{i:05d}.png"}
         score = draw.aesthetic_score(scene)
         rows.append({"image": image, "text": metadata["prompt"], "aesthetic": score})
-    kinds = {"image": datasets.Image(), "text": datasets.Value("string")}
-    kinds["aesthetic"] = datasets.Value("float64")
-    table = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(out / PAIRS.name)
-    lines = [json.dumps(metadata) + "\n" for metadata in held_out_prompts()]
+    lines = []
+    for i in range(600):
+        rng = np.random.default_rng(draw.HELD_OUT + i)
+        metadata = draw.make_metadata(rng, draw.TAGS[i // 100], held_out=True)
+        lines.append(json.dumps(metadata) + "\n")
     (out / "prompts.jsonl").write_text("".join(lines))
 
 
@@ -86,10 +77,12 @@ def mislabel(captions: list[str], share: float, seed: int) -> list[str]:
     return mixed.tolist()
 
 
-def to_pixels(images: Iterable[Image.Image]) -> Tensor:
-    """RGB images of one size -> (n, 3, height, width) uint8."""
-    pixels = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+def drawn(first: int, count: int) -> tuple[Tensor, list[str]]:
+    """Examples from this seed on: pixels (n, 3, SIZE, SIZE) uint8 and captions."""
+    examples = [draw.example(first + i) for i in tqdm(range(count), "scenes", mininterval=10)]
+    pixels = np.stack([np.asarray(draw.render(scene)) for _, scene in examples])
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return pixels, [metadata["prompt"] for metadata, _ in examples]
 
 
 # --- The pipeline ---
@@ -150,16 +143,14 @@ def text_encoders(clip: CLIPTokenizer, t5: T5TokenizerFast, generator: torch.Gen
 def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     """A trained VAE, frozen random text encoders and an untrained transformer."""
     tokenizers = build_tokenizers()
-    with torch.random.fork_rng():  # the constructors draw from the global generator
-        torch.manual_seed(seed)
-        transformer = SD3Transformer2DModel(
-            sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=5,
-            attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
-            caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=16,
-            dual_attention_layers=(0,), qk_norm="rms_norm",
-        )  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
-        encoders = text_encoders(*tokenizers[1:], generator)
+    torch.manual_seed(seed)  # the constructors draw from the global generator
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=5,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=16,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    encoders = text_encoders(*tokenizers[1:], torch.Generator().manual_seed(seed))
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], text_encoder_3=encoders[2],
@@ -172,14 +163,13 @@ def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
 
 def train_vae(pixels: Tensor, steps: int, seed: int) -> AutoencoderKL:
     """Train a 16-channel, 8x down-sampling autoencoder on (n, 3, 64, 64) uint8 pixels."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 32, 64), layers_per_block=1, latent_channels=16,
-            norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False,
-            use_quant_conv=False, use_post_quant_conv=False,
-        )  # fmt: skip
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 32, 64), layers_per_block=1, latent_channels=16,
+        norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False, use_quant_conv=False,
+        use_post_quant_conv=False,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4)
     for step in tqdm(range(steps), desc="vae", mininterval=10):
@@ -252,9 +242,7 @@ def build(
 ) -> None:  # fmt: skip
     """Make the data and the pipeline from seeds, in place of what is there."""
     write_data(out, pairs)
-    examples = [draw.example(draw.BROAD + i) for i in tqdm(range(scenes), "scenes", mininterval=10)]
-    captions = [metadata["prompt"] for metadata, _ in examples]
-    pixels = to_pixels(draw.render(scene) for _, scene in examples)
+    pixels, captions = drawn(draw.BROAD, scenes)
     vae = train_vae(pixels, vae_steps, seed)
     mean, std = posterior(vae, pixels)
     first = mean[:2_000]

@@ -1,7 +1,6 @@
 """Level by level: what SOAR changes in the velocity, on pairs that no training has seen.
 
-    python -m experiments.shapes.levels             # all of STAGES, then tables and figures
-    python -m experiments.shapes.levels --collect   # tables and figures of what is finished
+    python -m experiments.shapes.levels     # all runs of GROUPS, then tables and a figure
 
 Arms are those of sft_vs_soar.py, of 100 steps of 16 pairs where not said otherwise. Each is
 measured at the same pairs and noise for all arms and seeds:
@@ -18,9 +17,9 @@ command goes on where it was killed. levels_table.py says what they say together
 """
 
 import copy
-import dataclasses
-import json
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +28,21 @@ import tyro
 from torch import Tensor
 
 from experiments.shapes import sft_vs_soar
-from experiments.shapes.build import LATE_WRONG_CAPTIONS, mislabel, posterior, pretrain, to_pixels
+from experiments.shapes.build import LATE_WRONG_CAPTIONS, drawn, mislabel, posterior, pretrain
 from experiments.shapes.draw import BROAD, HELD_OUT, MAX_SEQUENCE_LENGTH, example, render
-from experiments.shapes.sft_vs_soar import CPU, SFT, Arm, World, keep, load_base, share_out
+from experiments.shapes.sft_vs_soar import (
+    CPU,
+    ONE_POINT,
+    SFT,
+    Arm,
+    World,
+    keep,
+    load_base,
+    load_world,
+    share_out,
+)
 from sample import encode_images, encode_prompts, seeded
-from soar import SoarConfig, guided_velocity, interpolate, rollout_step
+from soar import guided_velocity, interpolate, rollout_step
 from train import make_velocity
 
 LEVELS = (0.1, 0.15, 0.25, 0.35, 0.55, 0.75, 0.9)
@@ -49,39 +58,31 @@ SETTING = sft_vs_soar.QUICK
 LAWS = ("drawn", "mean")
 
 
-def one_point(**settings) -> SoarConfig:
-    return dataclasses.replace(sft_vs_soar.ONE_POINT, **settings)
-
-
 N1 = "SOAR, N = 1, lambda = 6"
-NO_ROLLOUT = {"num_sampling_steps": 10**6, "guidance_scale": 1.0}
+NO_ROLLOUT = replace(ONE_POINT, num_sampling_steps=10**6, guidance_scale=1.0)
 PLAIN = ("sft", "soar_n1_l6", "soar", "sft_steps", "soar_n1_l6_steps", "soar_k1e6")
 ARMS = {name: sft_vs_soar.ARMS[name] for name in PLAIN} | {
-    "n1_still": Arm("its levels, no rollout", one_point(**NO_ROLLOUT)),
+    "n1_still": Arm("its levels, no rollout", NO_ROLLOUT),
     "sft_7_3": Arm("SFT, 7/3 of the steps", SFT, steps=7 / 3),
-    "n1_w1": Arm(f"{N1}, w = 1", one_point(guidance_scale=1.0)),
-    "n1_k20": Arm(f"{N1}, K = 20", one_point(num_sampling_steps=20)),
-    "n1_k100": Arm(f"{N1}, K = 100", one_point(num_sampling_steps=100)),
-    "n1_l1": Arm("SOAR, N = 1, lambda = 1", one_point(lambda_aux=1.0)),
-    "n1_l3": Arm("SOAR, N = 1, lambda = 3", one_point(lambda_aux=3.0)),
-    "n1_l12": Arm("SOAR, N = 1, lambda = 12", one_point(lambda_aux=12.0)),
-    "n1_u1.5": Arm(f"{N1}, ratio 1.5", one_point(sigma_upper_ratio=1.5)),
+    "n1_w1": Arm(f"{N1}, w = 1", replace(ONE_POINT, guidance_scale=1.0)),
+    "n1_k20": Arm(f"{N1}, K = 20", replace(ONE_POINT, num_sampling_steps=20)),
+    "n1_k100": Arm(f"{N1}, K = 100", replace(ONE_POINT, num_sampling_steps=100)),
+    "n1_l1": Arm("SOAR, N = 1, lambda = 1", replace(ONE_POINT, lambda_aux=1.0)),
+    "n1_l3": Arm("SOAR, N = 1, lambda = 3", replace(ONE_POINT, lambda_aux=3.0)),
+    "n1_l12": Arm("SOAR, N = 1, lambda = 12", replace(ONE_POINT, lambda_aux=12.0)),
+    "n1_u1.5": Arm(f"{N1}, ratio 1.5", replace(ONE_POINT, sigma_upper_ratio=1.5)),
 }
+SEEDS = (0, 1, 2)
 CHEAP = ("sft", "soar_n1_l6", "n1_still", "sft_7_3")
 DEAR = ("soar", "sft_steps", "soar_n1_l6_steps", "soar_k1e6")
 OTHERS = ("n1_w1", "n1_k20", "n1_k100", "n1_l1", "n1_l3", "n1_l12", "n1_u1.5")
-SEEDS = (0, 1, 2)
-STAGES = (  # pairs, std of the latents' noise (None: the VAE's own) or REFIT, arms, seeds
-    (WHOLE, None, CHEAP, SEEDS),
-    (WHOLE, None, DEAR, (0,)),
-    (WHOLE, 0.0, CHEAP, SEEDS),
-    (64, None, CHEAP, SEEDS),
-    (WHOLE, 0.05, CHEAP, SEEDS),
-    (256, None, CHEAP, SEEDS),
-    (WHOLE, None, DEAR, SEEDS),
-    (WHOLE, REFIT, CHEAP, SEEDS),
-    (WHOLE, None, OTHERS, SEEDS),
-    (64, None, DEAR, SEEDS),
+GROUPS = (  # pairs, std of the latents' noise (None: the VAE's own) or REFIT, arms
+    (WHOLE, None, (*CHEAP, *DEAR, *OTHERS)),
+    (WHOLE, REFIT, CHEAP),
+    (WHOLE, 0.0, CHEAP),
+    (64, None, (*CHEAP, *DEAR)),
+    (WHOLE, 0.05, CHEAP),
+    (256, None, CHEAP),
 )
 
 
@@ -101,11 +102,15 @@ class Job(NamedTuple):
 
 
 def plan() -> list[Job]:
-    """All runs, in the order of STAGES."""
+    """All runs, in the order of GROUPS."""
     jobs = [Job("base", 0, WHOLE, noise) for noise in (None, REFIT)]
-    for size, noise, arms, seeds in STAGES:
-        jobs += [Job(arm, seed, size, noise) for seed in seeds for arm in arms]
-    return list(dict.fromkeys(jobs))
+    for size, noise, arms in GROUPS:
+        jobs += [Job(arm, seed, size, noise) for seed in SEEDS for arm in arms]
+    return jobs
+
+
+def scored_jobs() -> list[Job]:
+    return [job for group in SCORED for job in plan() if job.group == group]
 
 
 # --- Measures ---
@@ -154,30 +159,21 @@ def by_level(velocity, pairs: Pairs) -> dict[str, list[list[float]]]:
 
 
 @torch.no_grad()
-def walk(world: World, velocity, z: Tensor, cond: dict, start: int, guidance: float) -> Tensor:
-    """Where the sampler's steps from the start-th on lead."""
-    uncond = world.cond([""] * len(z))
-    world.pipe.scheduler.set_timesteps(sft_vs_soar.SAMPLING_STEPS)
-    sigmas = world.pipe.scheduler.sigmas[:, None].expand(-1, len(z))
-    for i in range(start, sft_vs_soar.SAMPLING_STEPS):
-        v = velocity(z, sigmas[i], cond)
-        if guidance != 1:
-            v = guided_velocity(velocity(z, sigmas[i], uncond), v, guidance)
-        z = rollout_step(z, v, sigmas[i], sigmas[i + 1])
-    return z
-
-
 def trajectories(world: World, velocity, pairs: Pairs) -> dict[str, dict]:
     """{"GUIDANCE from START": {law: errors by pair}}, from states of drawn latents."""
+    count, made = len(pairs.z1), {}
+    uncond = world.cond([""] * count)
     world.pipe.scheduler.set_timesteps(sft_vs_soar.SAMPLING_STEPS)
-    sigmas, made = world.pipe.scheduler.sigmas, {}
-    for level in STARTS:
-        start = int((sigmas - level).abs().argmin())
-        z = interpolate(pairs.z0["drawn"], pairs.z1, sigmas[start].expand(len(pairs.z1)))
-        for guidance in GUIDANCES:
-            end = walk(world, velocity, z, pairs.cond, start, guidance)
-            errors = {law: square(end - pairs.z0[law]) for law in LAWS}
-            made[f"{guidance:g} from {level:g}"] = errors
+    sigmas = world.pipe.scheduler.sigmas[:, None].expand(-1, count)
+    for level, guidance in product(STARTS, GUIDANCES):
+        start = int((sigmas[:, 0] - level).abs().argmin())
+        z = interpolate(pairs.z0["drawn"], pairs.z1, sigmas[start])
+        for sigma, sigma_next in zip(sigmas[start:], sigmas[start + 1 :]):
+            v = velocity(z, sigma, pairs.cond)
+            if guidance != 1:
+                v = guided_velocity(velocity(z, sigma, uncond), v, guidance)
+            z = rollout_step(z, v, sigma, sigma_next)
+        made[f"{guidance:g} from {level:g}"] = {law: square(z - pairs.z0[law]) for law in LAWS}
     return made
 
 
@@ -186,32 +182,24 @@ def trajectories(world: World, velocity, pairs: Pairs) -> dict[str, dict]:
 
 @cache
 def shared(folder: Path) -> tuple[World, Pairs]:
-    world = sft_vs_soar.load_world(folder / "world.safetensors")
+    world = load_world(folder / "world.safetensors")
     return world, held_out(world, PAIRS)
 
 
 def part(world: World, size: int, noise: float | str | None) -> World:
     """The first `size` pairs, their posteriors' noise scaled to a root mean square of `noise`."""
     std = world.std
-    if noise == REFIT:
-        std = torch.zeros_like(std)
-    elif noise is not None:
-        std = std * noise / own_noise(world)
+    if noise is not None:  # scaled as the transformer sees it
+        own = float(std.square().mean().sqrt()) * world.pipe.vae.config.scaling_factor
+        std = std * (0.0 if noise == REFIT else noise) / own
     return world._replace(mean=world.mean[:size], std=std[:size], caption=world.caption[:size])
-
-
-def own_noise(world: World) -> float:
-    """The root mean square of the posteriors' standard deviations, as the transformer sees them."""
-    return float(world.std.square().mean().sqrt()) * world.pipe.vae.config.scaling_factor
 
 
 def refit(world: World, path: Path) -> None:
     """Write the weights of REFIT's base, unless they are there."""
     if path.is_file():
         return
-    examples = [example(BROAD + i) for i in range(REFIT_SCENES)]
-    pixels = to_pixels(render(scene) for _, scene in examples)
-    captions = [metadata["prompt"] for metadata, _ in examples]
+    pixels, captions = drawn(BROAD, REFIT_SCENES)
     captions = mislabel(captions, LATE_WRONG_CAPTIONS, 0)
     mean, _ = posterior(world.pipe.vae, pixels)
     pipe = copy.copy(world.pipe)
@@ -226,10 +214,10 @@ def base_of(folder: Path, job: Job) -> Path | None:
 
 
 def settings_of(job: Job) -> dict:
-    arm = ARMS.get(job.arm)
+    """What the result of a run depends on, to be kept beside it."""
     counts = [PAIRS, WALKED_PAIRS, SCORED_PROMPTS]
-    shared = {"setting": dataclasses.asdict(SETTING), "levels": LEVELS, "counts": counts}
-    return json.loads(json.dumps({"job": job._asdict(), "arm": str(arm), **shared}))
+    shared = {"setting": str(SETTING), "levels": list(LEVELS), "counts": counts}
+    return {"run": str(job), "arm": str(ARMS.get(job.arm)), **shared}
 
 
 def run(folder: Path, job: Job) -> float:
@@ -264,20 +252,14 @@ def score(folder: Path, job: Job) -> float:
     return keep(folder / f"{job.name}-score.json", settings_of(job), judge)
 
 
-def main(
-    output_dir: Path = Path("output/levels"), collect: bool = False, num_processes: int = 2
-) -> None:
+def main(output_dir: Path = Path("output/levels"), num_processes: int = 2) -> None:
     """num_processes: runs at a time, each with one thread."""
-    from experiments.shapes import levels_table  # matplotlib is needed there only
+    from experiments.shapes import levels_table  # which imports this
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    shared(output_dir)  # encoded before the processes start
-    if not collect:
-        refit(shared(output_dir)[0], output_dir / "refit.safetensors")
-        jobs = plan()
-        share_out(run, output_dir, {job.name: (job,) for job in jobs}, num_processes)
-        scored = [job for group in SCORED for job in jobs if job.group == group]
-        share_out(score, output_dir, {job.name: (job,) for job in scored}, num_processes)
+    refit(shared(output_dir)[0], output_dir / "refit.safetensors")
+    share_out(run, output_dir, {job.name: (job,) for job in plan()}, num_processes)
+    share_out(score, output_dir, {job.name: (job,) for job in scored_jobs()}, num_processes)
     levels_table.save(output_dir)
 
 

@@ -1,4 +1,4 @@
-"""What the runs of experiments.shapes.levels say together: changes with intervals, tables, figures.
+"""What the runs of experiments.shapes.levels say together: changes with intervals, tables, figure.
 
 A change is of a mean error, in %. Its 95 % interval is over pairs and their noise, of the mean over
 seeds; a star says that the interval leaves out 0 and that all seeds have this sign. A group is a
@@ -15,10 +15,9 @@ import torch
 
 from experiments.environment import markdown
 from experiments.shapes import levels
-from experiments.shapes.levels import ARMS, FIRST, GUIDANCES, LAWS, LEVELS, STARTS, Pairs
+from experiments.shapes.levels import ARMS, FIRST, GUIDANCES, LAWS, LEVELS, SEEDS, STARTS, Pairs
 from experiments.shapes.sft_vs_soar import (
     CPU,
-    World,
     finished,
     load_base,
     paired_over_seeds,
@@ -35,7 +34,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLORS = {"sft": "#d95f02", "sft_7_3": "#e6ab02", "soar_n1_l6": "#1b6ca8", "n1_still": "#2a9d5c"}
 COMPARED = [("soar_n1_l6", "n1_still"), ("soar_n1_l6", "sft"), ("soar", "soar_k1e6")]
 ENDS = {f"{law}, guidance {w:g}": (law, w) for w in GUIDANCES for law in LAWS}
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the latents' noise
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the latents' noise, as the transformer sees it
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> list[tuple[float, float, bool]]:
@@ -75,36 +74,30 @@ def summary(found: dict[int, dict], sft: dict[int, dict], base: dict) -> dict:
     made = {"seeds": sorted(found), "minus_base": {law: from_base[law] for law in LAWS}}
     errors = errors_of(runs)
     made["errors"] = {what: x.mean((0, 2)).round(5).tolist() for what, x in errors.items()}
-    common = [seed for seed in found if seed in sft]
-    if common and found is not sft:
-        made["minus_sft"] = compared([found[x] for x in common], [sft[x] for x in common])
+    if found is not sft:
+        made["minus_sft"] = compared(runs, list(sft.values()))
     return made
 
 
 def collect(folder: Path) -> dict:
-    """{group: {arm: summary}} of the finished runs, and how many there are to be."""
+    """{"commits": of the runs, "groups": {group: {arm: summary}}}."""
     found = defaultdict(lambda: defaultdict(dict))  # runs by group, arm and seed
     scores = defaultdict(lambda: defaultdict(dict))
-    jobs, commits = levels.plan(), []
-    for job in jobs:
-        if result := finished(folder / f"{job.name}.json", levels.settings_of(job)):
-            found[job.group][job.arm][job.seed] = result
-            commits.append(result["commit"])
-        path = folder / f"{job.name}-score.json"
-        if result := finished(path, levels.settings_of(job)):
-            scores[job.group][job.arm][job.seed] = np.array(result["correct"], float)
-    if "base" not in found[FIRST]:
-        raise ValueError(f"{folder}: no base run is finished; leave out --collect")
-    groups = {}
+    commits, groups = set(), {}
+    for job in levels.plan():
+        result = finished(folder / f"{job.name}.json", levels.settings_of(job))
+        found[job.group][job.arm][job.seed] = result
+        commits.add(result["commit"])
+    for job in levels.scored_jobs():
+        result = finished(folder / f"{job.name}-score.json", levels.settings_of(job))
+        scores[job.group][job.arm][job.seed] = np.array(result["correct"], float)
     for group, arms in found.items():
-        sft = arms.get("sft", {})
         base = arms.get("base", found[FIRST]["base"])[0]
-        arms["base"] = dict.fromkeys(sft or [0], base)
-        groups[group] = {arm: summary(x, sft, base) for arm, x in arms.items()}
+        arms["base"] = dict.fromkeys(SEEDS, base)
+        groups[group] = {arm: summary(x, arms["sft"], base) for arm, x in arms.items()}
         for arm, row in scored(scores[group]).items():
             groups[group][arm]["score"] = row
-    done = [len(commits), len(jobs)]
-    return {"commits": sorted(set(commits)), "runs": done, "groups": groups}
+    return {"commits": sorted(commits), "groups": groups}
 
 
 def scored(scores: dict[str, dict[int, np.ndarray]]) -> dict[str, dict]:
@@ -137,39 +130,28 @@ def slopes(velocity, pairs: Pairs) -> list[float]:
 
 def measured_slopes(folder: Path) -> dict[str, list[float]]:
     """{arm: mean slopes by level} of the runs on all pairs with their own noise."""
-    _, pairs = levels.shared(folder)
-    pairs = pairs.first(levels.SLOPE_PAIRS)
+    pairs = levels.shared(folder)[1].first(levels.SLOPE_PAIRS)
     found = defaultdict(list)
     for job in levels.plan():
-        weights = folder / f"{job.name}.safetensors"
-        if job.group == FIRST and (job.arm == "base" or weights.is_file()):
-            model = load_base(None if job.arm == "base" else weights)
-            velocity = make_velocity(model, CPU, False)
+        if job.group == FIRST:
+            weights = None if job.arm == "base" else folder / f"{job.name}.safetensors"
+            velocity = make_velocity(load_base(weights), CPU, False)
             found[job.arm].append(slopes(velocity, pairs))
     return {arm: np.mean(x, 0).round(5).tolist() for arm, x in found.items()}
-
-
-def latent_noises(world: World) -> list[float]:
-    """QUANTILES of the posteriors' standard deviations, as the transformer sees them."""
-    scale = world.pipe.vae.config.scaling_factor
-    return (scale * np.quantile(world.std.numpy(), QUANTILES)).tolist()
 
 
 def differences(arms: dict, found: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
     """{arms compared: {what: by level}}, of the squared errors and of the slopes."""
     made = {}
     for ours, theirs in COMPARED:
-        if not {ours, theirs} <= set(arms):
-            continue
-        a, b = (arms[arm]["errors"] for arm in (ours, theirs))
-        rows = {law: np.subtract(a[law], b[law]) for law in LAWS}
-        rows["slope"] = np.subtract(found[ours], found[theirs])
+        a, b = (arms[arm]["errors"] | {"slope": found[arm]} for arm in (ours, theirs))
         name = f"{label_of(ours)}, minus {label_of(theirs)}"
+        rows = {what: np.subtract(a[what], b[what]) for what in (*LAWS, "slope")}
         made[name] = {what: x.round(5).tolist() for what, x in rows.items()}
     return made
 
 
-# --- Tables and figures ---
+# --- Tables and figure ---
 
 
 def label_of(arm: str) -> str:
@@ -204,9 +186,8 @@ def scores_of(arms: dict) -> str:
 
 def tables(result: dict) -> str:
     """Markdown, a chapter for each group."""
-    done, total = result["runs"]
     commits = ", ".join(result["commits"])
-    parts = [f"{done} of {total} runs are finished; commits: {commits}.\n"]
+    parts = [f"The runs' commits: {commits}.\n"]
     parts.append("SFT's error, each arm's change against it in %: the velocity's, the sampler's.\n")
     for group, arms in result["groups"].items():
         parts.append(f"## {group}\n")
@@ -215,11 +196,10 @@ def tables(result: dict) -> str:
         parts.append(scores_of(arms))
     parts.append("## Errors and slopes\n\nDifferences of the squared errors and of the slopes\n")
     lines = [["velocity", "of", *map(str, LEVELS)]]
-    for name, found in result["differences"].items():
+    slopes_of = {label_of(arm): {"slope itself": x} for arm, x in result["slopes"].items()}
+    for name, found in (result["differences"] | slopes_of).items():
         for what, values in found.items():
             lines.append([name, what, *map("{:+.4f}".format, values)])
-    for arm, values in result["slopes"].items():
-        lines.append([label_of(arm), "slope itself", *map("{:+.4f}".format, values)])
     return "\n".join([*parts, markdown(lines)])
 
 
@@ -228,10 +208,10 @@ def figure(arms: dict, path: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4))
     for ax, law in zip(axes, LAWS):
         ax.axhline(0, color="#bbbbbb", lw=1)
-        for arm in filter(arms.get, COLORS):
+        for arm, color in COLORS.items():
             y, half, _ = np.transpose(arms[arm]["minus_base"][law])
-            ax.plot(LEVELS, y, "o-", ms=3, color=COLORS[arm], label=label_of(arm))
-            ax.fill_between(LEVELS, y - half, y + half, color=COLORS[arm], alpha=0.15, lw=0)
+            ax.plot(LEVELS, y, "o-", ms=3, color=color, label=label_of(arm))
+            ax.fill_between(LEVELS, y - half, y + half, color=color, alpha=0.15, lw=0)
         ax.set_xlabel("sigma")
         ax.set_title(f"held-out latents: {law}", fontsize=9)
     axes[0].set_ylabel("error against the base's, %")
@@ -242,8 +222,11 @@ def figure(arms: dict, path: Path) -> None:
 
 
 def save(folder: Path) -> None:
-    """levels.json, levels.md and the figures, of what is finished."""
-    result = collect(folder) | {"latent_noises": latent_noises(levels.shared(folder)[0])}
+    """levels.json, levels.md and levels.png, of all runs."""
+    result = collect(folder)
+    world, _ = levels.shared(folder)
+    scale = world.pipe.vae.config.scaling_factor
+    result["latent_noises"] = (scale * np.quantile(world.std.numpy(), QUANTILES)).tolist()
     result["slopes"] = measured_slopes(folder)
     result["differences"] = differences(result["groups"][FIRST], result["slopes"])
     for arms in result["groups"].values():
@@ -253,5 +236,4 @@ def save(folder: Path) -> None:
     save_whole(json.dumps(result) + "\n", folder / "levels.json")
     save_whole(tables(result), folder / "levels.md")
     print(tables(result))
-    for group, arms in result["groups"].items():
-        figure(arms, folder / f"levels-{group}.png")
+    figure(result["groups"][FIRST], folder / "levels.png")

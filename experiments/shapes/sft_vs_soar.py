@@ -11,10 +11,8 @@ there; each has one thread, so that results do not depend on their number. Writt
 ARM-SEED.json, ARM-SEED.safetensors (weights) and results.json.
 """
 
-import contextlib
 import dataclasses
 import json
-import math
 import multiprocessing
 import subprocess
 import time
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,7 +46,6 @@ from sample import (
     sample_images,
     save_whole,
     seeded,
-    sync,
 )
 from soar import Draws, SoarConfig, draw, soar_terms
 from train import batched, make_velocity, step_indices
@@ -115,15 +113,6 @@ CONTROL = dataclasses.replace(
 SETTINGS = {"quick": QUICK, "full": FULL, "control": CONTROL}
 
 
-@dataclass(frozen=True)
-class Args:
-    setting: Literal["quick", "full", "control"] = "quick"
-    output_dir: Path = Path("output/sft_vs_soar")
-    """Where runs are kept, in a folder named after the setting."""
-    num_processes: int = 2
-    """Runs at a time, each with one thread."""
-
-
 # --- The shapes world, encoded once ---
 
 
@@ -142,6 +131,7 @@ class World(NamedTuple):
         return {key: x[rows] for key, x in self.embeds.items()}
 
 
+@cache
 def load_world(cached: Path, data: Path = DATA) -> World:
     """The pairs and prompts of data, encoded by the committed pipeline; cached in a file.
 
@@ -169,12 +159,10 @@ def load_world(cached: Path, data: Path = DATA) -> World:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors beside path, to the disk, then rename: path never holds half of it."""
+    """Write safetensors beside path, then rename: path never holds half of it."""
     staging = path.with_name(f".{path.name}.tmp")
     save_file({key: x.contiguous() for key, x in tensors.items()}, staging)
-    sync(staging)
     staging.rename(path)
-    sync(path.parent)
 
 
 def load_base(weights: Path | None = None) -> SD3Transformer2DModel:
@@ -211,7 +199,7 @@ def train(
     """The trained transformer; AdamW and clipping as train.py has them.
     base: the weights to start from, by default the committed ones.
 
-    Raises FloatingPointError: a loss is not finite."""
+    Raises RuntimeError: a gradient is not finite."""
     transformer = load_base(base).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
     rate = setting.learning_rate
@@ -222,14 +210,10 @@ def train(
     )  # fmt: skip
     velocity = make_velocity(transformer, CPU, False)
     for step in range(1, steps + 1):
-        total = 0.0
         inputs = step_inputs(world, arm.config, seed, step, batch)
         for term in soar_terms(velocity, *inputs, arm.config):
             term.loss.backward()
-            total += term.loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"{arm.label}, seed {seed}: loss of step {step} is not finite")
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -237,11 +221,6 @@ def train(
 
 
 # --- Measures ---
-
-
-def chosen(world: World, count: int) -> list[int]:
-    """Numbers of `count` prompts: of each task the same number where it is a multiple of six."""
-    return [i * len(world.prompts) // count for i in range(count)]
 
 
 def sample(
@@ -260,8 +239,8 @@ def sample(
 
 
 def correct(world: World, transformer, prompts: int, images: int, seed: int) -> list[list[int]]:
-    """0 or 1 for each image of each prompt."""
-    numbers, judged = chosen(world, prompts), []
+    """0 or 1 for each image of each of so many prompts, evenly from the tasks."""
+    numbers, judged = [i * len(world.prompts) // prompts for i in range(prompts)], []
     for i, found in zip(numbers, sample(world, transformer, numbers, images, seed)):
         judged.append([int(score_image(image, world.prompts[i])[0]) for image in found])
     return judged
@@ -281,11 +260,6 @@ def paired_test(a: np.ndarray, b: np.ndarray, resamples: int = 10_000) -> dict[s
 
 
 # --- Runs ---
-
-
-@cache
-def shared_world(folder: Path) -> World:
-    return load_world(folder / "world.safetensors")
 
 
 def run_settings(name: str, setting: Setting, seed: int) -> dict:
@@ -321,54 +295,44 @@ def run(folder: Path, name: str, setting: Setting, seed: int) -> float:
     path = folder / f"{name}-{seed}.json"
 
     def measure() -> dict:
-        world, transformer = shared_world(folder), load_base()
+        world, transformer = load_world(folder / "world.safetensors"), load_base()
         if arm := ARMS.get(name):
             transformer = train(world, arm, setting, seed)
             save_tensors(transformer.state_dict(), path.with_suffix(".safetensors"))
-        found = correct(world, transformer, setting.prompts, setting.images, seed)
-        return {"correct": found}
+        return {"correct": correct(world, transformer, setting.prompts, setting.images, seed)}
 
     return keep(path, run_settings(name, setting, seed), measure)
 
 
 def collect(folder: Path, setting: Setting) -> dict:
-    """What the table needs, from the runs that are finished."""
-    scores, rows = {}, {}
-    for name in ("base", *ARMS):
-        found = {}
-        for seed in range(setting.seeds):
-            path = folder / f"{name}-{seed}.json"
-            if result := finished(path, run_settings(name, setting, seed)):
-                found[seed] = np.mean(result["correct"], 1)
-        if found:
-            scores[name] = found
+    """What the table needs, from the setting's runs."""
+    scores, rows = {name: {} for name in ("base", *setting.arms)}, {}
+    for name, seed in product(scores, range(setting.seeds)):
+        result = finished(folder / f"{name}-{seed}.json", run_settings(name, setting, seed))
+        scores[name][seed] = np.mean(result["correct"], 1)
     for name, found in scores.items():
         arm = ARMS.get(name)
         row = {"label": arm.label if arm else name, "compute": arm.compute() if arm else 0.0}
         row["by_seed"] = [float(x.mean()) for x in found.values()]
         for other in OTHERS:
-            if other != name and (test := paired_over_seeds(scores, name, other)):
-                row[f"minus_{other}"] = test
+            if other != name and other in scores:
+                row[f"minus_{other}"] = paired_over_seeds(scores, name, other)
         rows[name] = row
     return {"setting": dataclasses.asdict(setting), "commit": commit(), "arms": rows}
 
 
-def paired_over_seeds(scores: dict[str, dict], name: str, other: str) -> dict | None:
+def paired_over_seeds(scores: dict[str, dict], name: str, other: str) -> dict:
     """paired_test of two arms' scores by seed and prompt, over the seeds that both have."""
-    common = sorted(set(scores[name]) & set(scores.get(other, {})))
-    if not common:
-        return None
+    common = sorted(set(scores[name]) & set(scores[other]))
     a, b = (np.mean([scores[arm][seed] for seed in common], 0) for arm in (name, other))
     return paired_test(a, b)
 
 
 def commit() -> str:
     """The repository's commit, with a + where files differ from it; "unknown" outside of git."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    with contextlib.suppress(OSError):
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return found.stdout.strip() or "unknown"
-    return "unknown"
+    command = "git describe --always --exclude='*' --dirty=+"
+    found = subprocess.run(command, shell=True, cwd=DATA, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
 
 
 def table(result: dict) -> str:
@@ -398,27 +362,28 @@ def points(test: dict[str, float] | None) -> str:
 
 def share_out(work: Callable, folder: Path, jobs: dict[str, tuple], processes: int) -> None:
     """work(folder, *job) for each job, by name, in its order; work returns seconds."""
-    if processes < 1:
-        raise ValueError(f"--num_processes is {processes}, expected at least 1")
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(work, folder, *job): name for name, job in jobs.items()}
         for future in tqdm(as_completed(futures), work.__name__, len(jobs), unit="run"):
             tqdm.write(f"{futures[future]}: {future.result():.0f} s")
 
 
-def main(args: Args) -> None:
-    setting, folder = SETTINGS[args.setting], args.output_dir / args.setting
+def main(
+    setting: Literal["quick", "full", "control"] = "quick",
+    output_dir: Path = Path("output/sft_vs_soar"), num_processes: int = 2,
+) -> None:  # fmt: skip
+    """num_processes: runs at a time, each with one thread."""
+    shared, folder = SETTINGS[setting], output_dir / setting
     folder.mkdir(parents=True, exist_ok=True)
-    shared_world(folder)  # encoded before the processes start
+    load_world(folder / "world.safetensors")  # encoded before the processes start
     jobs = {}
-    for seed in range(setting.seeds):
-        for name in ("base", *setting.arms):
-            jobs[f"{name}-{seed}"] = (name, setting, seed)
-    share_out(run, folder, jobs, args.num_processes)
-    result = collect(folder, setting)
+    for seed, name in product(range(shared.seeds), ("base", *shared.arms)):
+        jobs[f"{name}-{seed}"] = (name, shared, seed)
+    share_out(run, folder, jobs, num_processes)
+    result = collect(folder, shared)
     save_whole(json.dumps(result, indent=1) + "\n", folder / "results.json")
     print(table(result))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    tyro.cli(main, description=__doc__, use_underscores=True)

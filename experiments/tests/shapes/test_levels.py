@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.shapes import levels, levels_table, sft_vs_soar
-from experiments.shapes.levels import LEVELS, Job
+from experiments.shapes.levels import LEVELS
 from experiments.tests.common import small_world
 
 
@@ -20,13 +20,14 @@ def world(tmp_path_factory):
 def few(world, monkeypatch):
     """Two steps, two levels, a few pairs."""
     setting = sft_vs_soar.Setting((), 2, prompts=0, images=0, batch=2, lr_warmup_steps=1)
-    small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,), "FIRST": "12-vae"}
-    for name, value in small.items():
+    small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,), "FIRST": "12-vae", "SEEDS": (0, 1)}
+    compared = {"COLORS": {"sft": "C0"}, "COMPARED": [("sft", "base")]}
+    for name, value in (small | compared).items():
         monkeypatch.setattr(levels_table, name, value)
     small |= {"SLOPE_PAIRS": 2, "WALKED_PAIRS": 2}
     small |= {"SETTING": setting, "WHOLE": 12}
-    small |= {"STAGES": ((12, None, ("sft",), (0, 1)), (8, 0.0, ("sft",), (0,)))}
-    small |= {"SCORED_PROMPTS": 2, "REFIT_SCENES": 8, "REFIT_STEPS": 2}
+    small |= {"GROUPS": ((12, None, ("sft",)), (12, "refit", ("sft",)), (12, 0.0, ("sft",)))}
+    small |= {"SCORED": ("12-refit",), "SCORED_PROMPTS": 2, "REFIT_SCENES": 8, "REFIT_STEPS": 2}
     for name, value in small.items():
         monkeypatch.setattr(levels, name, value)
     monkeypatch.setattr(sft_vs_soar, "SAMPLING_STEPS", 6)
@@ -77,8 +78,9 @@ def test_a_part_of_the_world_has_the_first_pairs_and_the_noise_asked_for(world):
     assert torch.equal(made.mean, world.mean[:8]) and not made.std.any()
     assert torch.equal(made.caption, world.caption[:8])
     assert torch.equal(levels.part(world, 12, None).std, world.std)
-    made = levels.part(world, 12, 0.05)
-    assert levels.own_noise(made) == pytest.approx(0.05)
+    made = levels.part(world, 12, 0.05).std.square().mean().sqrt()
+    assert float(made) * world.pipe.vae.config.scaling_factor == pytest.approx(0.05)
+    assert not levels.part(world, 12, "refit").std.any()
 
 
 def test_relative_is_paired_and_clear_only_where_all_seeds_agree():
@@ -96,24 +98,29 @@ def test_relative_is_paired_and_clear_only_where_all_seeds_agree():
     assert half == pytest.approx(expected, abs=0.01)
 
 
-def test_what_is_finished_is_kept_and_collected(few, tmp_path):
-    with pytest.raises(ValueError, match="no base run is finished"):
-        levels_table.collect(tmp_path)
-    jobs = Job("base", 0, 12, None), Job("sft", 0, 12, None), Job("sft", 0, 8, 0.0)
-    assert set(jobs) < set(levels.plan())
-    for job in jobs:
-        assert levels.run(tmp_path, job) > 0
-        assert levels.run(tmp_path, job) == 0  # it is there
-    levels_table.save(tmp_path)
+def test_runs_are_kept_scored_and_collected(few, tmp_path, monkeypatch):
+    def at_once(work, folder, jobs, processes):
+        for name, job in jobs.items():
+            assert work(folder, *job) > 0, name
+            assert work(folder, *job) == 0  # it is there
+
+    monkeypatch.setattr(levels, "share_out", at_once)
+    levels.main(tmp_path)
     result = json.loads((tmp_path / "levels.json").read_text())
     text = (tmp_path / "levels.md").read_text()
-    assert result["runs"] == [3, 5] and text.startswith("3 of 5 runs are finished")
+    assert text.startswith("The runs' commits: ") and (tmp_path / "levels.png").is_file()
     assert len(result["latent_noises"]) == 5
-    first = result["groups"]["12-vae"]
+    first, refit = (result["groups"][name] for name in ("12-vae", "12-refit"))
     change, half, _ = first["base"]["minus_sft"]["mean"][0]
     back, _, _ = first["sft"]["minus_base"]["mean"][0]
     assert change * back < 0
-    assert f"| base | 0.0 | 1 | {change:+.1f} ± {half:.1f}" in text
+    assert f"| base | 0.0 | 2 | {change:+.1f} ± {half:.1f}" in text
+    slope = result["slopes"]["sft"][0] - result["slopes"]["base"][0]
+    assert f"| SFT, minus base | slope | {slope:+.4f} |" in text
+    assert [len(refit[arm]["score"]["by_seed"]) for arm in ("base", "sft")] == [1, 2]
+    means, refitted = (tmp_path / f"sft-{name}-0.json" for name in ("12-0", "12-refit"))
+    found = [json.loads(path.read_text())["levels"] for path in (means, refitted)]
+    assert found[0] != found[1]  # the same means and steps, another base
 
 
 def test_slopes_are_those_of_a_linear_velocity(world):
@@ -127,18 +134,6 @@ def test_slopes_are_those_of_a_linear_velocity(world):
 
     found = levels_table.slopes(velocity, pairs)
     assert found == pytest.approx(LEVELS, abs=1e-4)
-
-
-def test_a_run_from_the_base_of_means_is_scored(few, tmp_path):
-    job, base = Job("sft", 0, 12, "refit"), tmp_path / "refit.safetensors"
-    levels.refit(few, base)
-    levels.run(tmp_path, job)
-    levels.run(tmp_path, Job("sft", 0, 12, 0.0))
-    found = [json.loads(path.read_text())["levels"] for path in tmp_path.glob("*.json")]
-    assert found[0] != found[1]  # the same means and steps, another base
-    assert levels.score(tmp_path, job) > 0 and levels.score(tmp_path, job) == 0
-    correct = json.loads((tmp_path / f"{job.name}-score.json").read_text())["correct"]
-    assert len(correct) == 2
 
 
 def test_scores_have_their_own_base_and_are_paired_over_prompts():

@@ -44,11 +44,14 @@ def test_paired_test_agrees_with_all_sign_flips_and_its_interval_is_that_of_a_me
     assert found == pytest.approx([mean, mean - half, mean + half], abs=0.1 * half)
 
 
-def test_chosen_prompts_are_even_over_the_tasks():
+def test_prompts_are_even_over_the_tasks(monkeypatch):
     prompts = sample.read_prompts(DATA / "prompts.jsonl")
     world = sft_vs_soar.World(*[None] * 6, prompts)
+    draws = Mock(return_value=[])
+    monkeypatch.setattr(sft_vs_soar, "sample", draws)
     for setting in sft_vs_soar.SETTINGS.values():
-        tags = [prompts[i]["tag"] for i in sft_vs_soar.chosen(world, setting.prompts)]
+        sft_vs_soar.correct(world, None, setting.prompts, 1, 0)
+        tags = [prompts[i]["tag"] for i in draws.call_args.args[2]]
         assert [tags.count(tag) * 6 for tag in TAGS] == [setting.prompts] * 6
 
 
@@ -116,7 +119,7 @@ def test_images_equal_those_of_sample_py(world, data, tmp_path, monkeypatch):
 
 def test_runs_go_on_from_what_is_finished(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sft_vs_soar, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(sft_vs_soar, "shared_world", lambda folder: world)
+    monkeypatch.setattr(sft_vs_soar, "load_world", lambda cached: world)
     for name in ("base", "sft"):
         assert sft_vs_soar.run(tmp_path, name, TINY, 0) > 0
         assert sft_vs_soar.run(tmp_path, name, TINY, 0) == 0
@@ -128,21 +131,21 @@ def test_runs_go_on_from_what_is_finished(world, tmp_path, monkeypatch):
         sft_vs_soar.run(tmp_path, "sft", other, 0)
 
 
-def test_collect_compares_arms_on_the_seeds_that_both_have(tmp_path):
+def test_collect_compares_arms_seed_by_seed(tmp_path):
     correct = {"base-0": "01", "sft-0": "11", "sft-1": "00", "soar-1": "10", "soar-0": "01"}
-    for name, word in correct.items():
+    for name, word in (correct | {"base-1": "01"}).items():
         arm, seed = name.split("-")
         settings = sft_vs_soar.run_settings(arm, TINY, int(seed))
         kept = {"settings": settings, "correct": [[int(x)] for x in word]}
         (tmp_path / f"{name}.json").write_text(json.dumps(kept))
     rows = sft_vs_soar.collect(tmp_path, TINY)["arms"]
     assert {arm: row["by_seed"] for arm, row in rows.items()} == {
-        "base": [0.5], "sft": [1, 0], "soar": [0.5, 0.5]}  # fmt: skip
-    assert rows["base"]["minus_sft"]["difference"] == -0.5  # of seed 0 alone
+        "base": [0.5, 0.5], "sft": [1, 0], "soar": [0.5, 0.5]}  # fmt: skip
+    assert rows["base"]["minus_sft"]["difference"] == 0
     assert "minus_sft" not in rows["sft"]
     lines = sft_vs_soar.table({"arms": rows}).splitlines()
     assert lines[0] == "| arm | compute | seeds | score (std) | minus SFT (95 %) | minus SOAR |"
-    assert lines[2].startswith("| base | 0.0 | 1 | 50.0 | -50.0 (-100.0 to +0.0) |")
+    assert lines[2].startswith("| base | 0.0 | 2 | 50.0 (0.0) | +0.0 (-50.0 to +50.0) |")
 
 
 def test_the_pages_tables_are_those_of_the_results_files():
