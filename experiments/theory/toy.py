@@ -234,17 +234,14 @@ def errors(model: Callable, seed: int, args: Args) -> list[list[float]]:
     found = []
     for level in LEVELS:
         z, sigma = (1 - level) * z0 + level * z1, torch.full_like(z0[:, 0], level)
-        pair = []
-        for cond in (classes, torch.full_like(classes, EMPTY)):
-            wrong = model(z, sigma, cond) - true_velocity(z, sigma, cond)
-            pair.append(round(float(wrong.square().sum(1).mean()), 6))
-        found.append(pair)
+        conditions = classes, torch.full_like(classes, EMPTY)
+        wrong = [model(z, sigma, x) - true_velocity(z, sigma, x) for x in conditions]
+        found.append([round(float(x.square().sum(1).mean()), 6) for x in wrong])
     return found
 
 
 def run(args: Args) -> dict:
-    """{"settings", "true law": MEASURES by seed, arm: MEASURES by seed and guidance, "errors": by
-    arm, seed and level}."""
+    """{"settings", "true law": MEASURES by seed, arm: by seed and guidance, "errors": by arm}."""
     settings = {"seeds": list(args.seeds)}
     for name in ("pretrain_steps", "steps", "batch_size", "learning_rate", "samples"):
         settings[name] = getattr(args, name)

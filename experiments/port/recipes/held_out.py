@@ -1,6 +1,4 @@
-"""The error on pairs that are not trained on, by level of noise: SFT's loss, on fixed levels and
-noise. Needs soar.py beside it.
-"""
+"""The error on pairs that are not trained on, by level of noise. Needs soar.py beside it."""
 
 import torch
 

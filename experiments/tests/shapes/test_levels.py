@@ -20,14 +20,20 @@ def world(tmp_path_factory):
 def few(world, monkeypatch):
     """Two steps, two levels, a few pairs."""
     setting = sft_vs_soar.Setting((), 2, prompts=0, images=0, batch=2, lr_warmup_steps=1)
-    small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,), "FIRST": "12-vae", "SEEDS": (0, 1)}
+    small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,)}
+    small |= {"FIRST": "12-vae", "SEEDS": (0, 1)}
     compared = {"COLORS": {"sft": "C0"}, "COMPARED": [("sft", "base")]}
     for name, value in (small | compared).items():
         monkeypatch.setattr(levels_table, name, value)
     small |= {"SLOPE_PAIRS": 2, "WALKED_PAIRS": 2}
     small |= {"SETTING": setting, "WHOLE": 12}
-    small |= {"GROUPS": ((12, None, ("sft",)), (12, "refit", ("sft",)), (12, 0.0, ("sft",)))}
-    small |= {"SCORED": ("12-refit",), "SCORED_PROMPTS": 2, "REFIT_SCENES": 8, "REFIT_STEPS": 2}
+    small["GROUPS"] = (
+        (12, None, ("sft",)),
+        (12, "refit", ("sft",)),
+        (12, 0.0, ("sft",)),
+    )
+    small |= {"SCORED": ("12-refit",), "SCORED_PROMPTS": 2}
+    small |= {"REFIT_SCENES": 8, "REFIT_STEPS": 2}
     for name, value in small.items():
         monkeypatch.setattr(levels, name, value)
     monkeypatch.setattr(sft_vs_soar, "SAMPLING_STEPS", 6)
@@ -84,7 +90,8 @@ def test_a_part_of_the_world_has_the_first_pairs_and_the_noise_asked_for(world):
 
 
 def test_relative_is_paired_and_clear_only_where_all_seeds_agree():
-    theirs = np.random.default_rng(0).uniform(1, 2, (2, 1, 40))
+    rng = np.random.default_rng(0)
+    theirs = rng.uniform(1, 2, (2, 1, 40))
     assert levels_table.relative(1.1 * theirs, theirs) == [(10, pytest.approx(0), True)]
     ours = theirs * [[[1.3]], [[0.9]]]
     change, half, clear = levels_table.relative(ours, theirs)[0]
