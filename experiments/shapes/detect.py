@@ -6,6 +6,7 @@ Tasks, metadata, folder layout and what counts as correct follow GenEval (arXiv 
 """
 
 import json
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def detect(image: Image.Image) -> list[dict]:
     image = image.convert("RGB")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-    rgb = np.asarray(image, np.float64)
+    rgb = np.asarray(image, float)
     border = np.concatenate([rgb[0], rgb[-1], rgb[1:-1, 0], rgb[1:-1, -1]])
     background = np.median(border, axis=0)
     offset = rgb - background
@@ -66,9 +67,7 @@ def detect(image: Image.Image) -> list[dict]:
         for number, window in enumerate(ndimage.find_objects(labels), start=1):
             mask = labels[window] == number
             height, width = mask.shape
-            if mask.sum() < MIN_AREA:
-                continue
-            if not 0.7 < width / height < 1 / 0.7:
+            if mask.sum() < MIN_AREA or not 0.7 < width / height < 1 / 0.7:
                 continue
             match, shape = best_template(mask)
             if match >= MIN_MATCH:
@@ -83,7 +82,7 @@ def best_template(mask: np.ndarray) -> tuple[float, str]:
     mask, found = fit(mask), []
     for shape, template in templates():
         overlap = (mask & template).sum() / (mask | template).sum()
-        found.append((float(overlap), shape))
+        found.append((overlap, shape))
     return max(found)
 
 
@@ -95,36 +94,33 @@ def relations(box: list, reference: list) -> set[str]:
     beyond = np.maximum(np.abs(offset) - slack, 0)
     distance = max(np.linalg.norm(offset), 1e-9)
     direction = np.sign(offset) * beyond / distance
-    return {name for name, axis in RELATIONS.items() if direction @ np.array(axis) > 0.5}
+    return {name for name, axis in RELATIONS.items() if direction @ axis > 0.5}
 
 
-def score_image(image: Image.Image, metadata: dict) -> tuple[bool, str, dict]:
+def score_image(image: Image.Image, metadata: dict) -> tuple[bool, str]:
     """Judge one image as GenEval does.
 
     Every `include` clause must hold: at least `count` objects of the class, the best matches among
     them of `color`, each of them in `position` to those of the clause it refers to. An `exclude`
     clause fails the image when `count` or more objects of its class are there.
-    Returns correct; reason, one line for each broken clause; boxes by class."""
-    found = detect(image)
-    boxes = {}
-    for f in found:
-        boxes.setdefault(f["shape"], []).append(f["box"])
-    reasons, groups = [], []
-    for clause in metadata.get("include", []):
+    Returns whether it is correct; the reason, one line for each broken clause."""
+    found, reasons, groups = detect(image), [], []
+    for clause in metadata["include"]:
         group = [f for f in found if f["shape"] == clause["class"]][: clause["count"]]
         broken = broken_clause(clause, group, groups)
-        groups.append(None if broken else group)
+        groups.append([] if broken else group)
         reasons += [broken] if broken else []
     for clause in metadata.get("exclude", []):
         name, most = clause["class"], clause["count"]
-        number = len(boxes.get(name, []))
+        number = sum(f["shape"] == name for f in found)
         if number >= most:
             reasons.append(f"expected {name}<{most}, found {number}")
-    return not reasons, "\n".join(reasons), boxes
+    return not reasons, "\n".join(reasons)
 
 
-def broken_clause(clause: dict, group: list[dict], groups: list[list[dict] | None]) -> str:
-    """Why the objects of an include clause do not meet it, or ""; groups: those of earlier ones."""
+def broken_clause(clause: dict, group: list[dict], groups: list[list[dict]]) -> str:
+    """Why the objects of an include clause do not meet it, or ""; groups: those of earlier ones,
+    none where it was broken."""
     name, count = clause["class"], clause["count"]
     colors = [f["color"] for f in group]
     if len(group) < count:
@@ -133,7 +129,7 @@ def broken_clause(clause: dict, group: list[dict], groups: list[list[dict] | Non
         return f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
     if "position" in clause:
         relation, target = clause["position"]
-        if groups[target] is None:
+        if not groups[target]:
             return f"no target for {name} to be {relation}"
         for f in group:
             for g in groups[target]:
@@ -144,33 +140,30 @@ def broken_clause(clause: dict, group: list[dict], groups: list[list[dict] | Non
     return ""
 
 
-def score_folder(path: str | Path, outfile: str | Path | None = None) -> dict[str, float]:
-    """Score samples in GenEval's layout, path/NNNNN/metadata.jsonl and path/NNNNN/samples/NNNN.png.
-
-    outfile: where GenEval's results.jsonl goes, which its summary_scores.py reads.
+def score_folder(path: Path) -> dict[str, float]:
+    """Score samples in GenEval's layout, path/NNNNN/metadata.jsonl and path/NNNNN/samples/NNNN.png;
+    write path/results.jsonl, which its summary_scores.py reads.
     Returns accuracy by tag in [0, 1], and "overall", the mean over the tags that occur.
     Raises ValueError: no sample was found."""
-    rows, correct = [], {}
-    for filename in sorted(Path(path).glob("[0-9]*/samples/[0-9]*.png")):
+    rows, correct = [], defaultdict(list)
+    for filename in sorted(path.glob("[0-9]*/samples/[0-9]*.png")):
         metadata = json.loads((filename.parents[1] / "metadata.jsonl").read_text())
         tag = metadata["tag"]
         row = {"filename": str(filename), "tag": tag, "prompt": metadata["prompt"]}
         with Image.open(filename) as image:
-            row["correct"], row["reason"], boxes = score_image(image, metadata)
-        row |= {"metadata": json.dumps(metadata), "details": json.dumps(boxes)}
-        rows.append(json.dumps(row) + "\n")
-        correct.setdefault(tag, []).append(row["correct"])
+            row["correct"], row["reason"] = score_image(image, metadata)
+        rows.append(json.dumps(row | {"metadata": json.dumps(metadata)}) + "\n")
+        correct[tag].append(row["correct"])
     if not rows:
         raise ValueError(f"no NNNNN/samples/NNNN.png under {path}")
-    if outfile is not None:
-        Path(outfile).write_text("".join(rows))
+    (path / "results.jsonl").write_text("".join(rows))
     scores = {tag: float(np.mean(correct[tag])) for tag in TAGS if tag in correct}
     return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
 def main(folder: tyro.conf.Positional[Path]) -> None:
     """Print GenEval's table for a folder of samples and write its results.jsonl into it."""
-    for tag, accuracy in score_folder(folder, folder / "results.jsonl").items():
+    for tag, accuracy in score_folder(folder).items():
         print(f"{tag:<14} {accuracy:6.1%}")
 
 
