@@ -88,7 +88,7 @@ def main(args: Args) -> None:
 
     scores = {}
     for name, job in zip(("base", "SFT", "SOAR"), jobs):
-        scores[name] = score_folder(job.folder, job.folder / "results.jsonl")
+        scores[name] = score_folder(job.folder)
     (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     print(
         f"\n{'GenEval task':<14} {'base':>7} {'SFT':>7} {'SOAR':>7}   of {args.num_prompts} prompts"
