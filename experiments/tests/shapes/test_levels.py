@@ -19,23 +19,17 @@ def world(tmp_path_factory):
 @pytest.fixture
 def few(world, monkeypatch):
     """Two steps, two levels, a few pairs."""
-    setting = sft_vs_soar.Setting((), 2, prompts=0, images=0, batch=2, lr_warmup_steps=1)
-    small = {"LEVELS": (0.1, 0.9), "STARTS": (0.2,)}
-    small |= {"FIRST": "12-vae", "SEEDS": (0, 1)}
-    compared = {"COLORS": {"sft": "C0"}, "COMPARED": [("sft", "base")]}
-    for name, value in (small | compared).items():
-        monkeypatch.setattr(levels_table, name, value)
-    small |= {"SLOPE_PAIRS": 2, "WALKED_PAIRS": 2}
-    small |= {"SETTING": setting, "WHOLE": 12}
-    small["GROUPS"] = (
-        (12, None, ("sft",)),
-        (12, "refit", ("sft",)),
-        (12, 0.0, ("sft",)),
-    )
-    small |= {"SCORED": ("12-refit",), "SCORED_PROMPTS": 2}
-    small |= {"REFIT_SCENES": 8, "REFIT_STEPS": 2}
+    small = {
+        "LEVELS": (0.1, 0.9), "STARTS": (0.2,), "FIRST": "12-vae", "SEEDS": (0, 1),
+        "COLORS": {"sft": "C0"}, "COMPARED": [("sft", "base")], "WHOLE": 12, "SLOPE_PAIRS": 2,
+        "SETTING": sft_vs_soar.Setting((), 2, 0, 0, batch=2, lr_warmup_steps=1),
+        "WALKED_PAIRS": 2, "REFIT_SCENES": 8, "REFIT_STEPS": 2, "SCORED_PROMPTS": 2,
+        "GROUPS": [(12, noise, ("sft",)) for noise in (None, "refit", 0.0)],
+        "SCORED": ("12-refit",),
+    }  # fmt: skip
     for name, value in small.items():
-        monkeypatch.setattr(levels, name, value)
+        for module in (levels, levels_table):
+            monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setattr(sft_vs_soar, "SAMPLING_STEPS", 6)
     pairs = levels.held_out(world, 3)
     monkeypatch.setattr(levels, "shared", lambda folder: (world, pairs))
@@ -90,8 +84,7 @@ def test_a_part_of_the_world_has_the_first_pairs_and_the_noise_asked_for(world):
 
 
 def test_relative_is_paired_and_clear_only_where_all_seeds_agree():
-    rng = np.random.default_rng(0)
-    theirs = rng.uniform(1, 2, (2, 1, 40))
+    theirs = np.random.default_rng(0).uniform(1, 2, (2, 1, 40))
     assert levels_table.relative(1.1 * theirs, theirs) == [(10, pytest.approx(0), True)]
     ours = theirs * [[[1.3]], [[0.9]]]
     change, half, clear = levels_table.relative(ours, theirs)[0]
@@ -117,17 +110,15 @@ def test_runs_are_kept_scored_and_collected(few, tmp_path, monkeypatch):
     text = (tmp_path / "levels.md").read_text()
     assert text.startswith("The runs' commits: ") and (tmp_path / "levels.png").is_file()
     assert len(result["latent_noises"]) == 5
-    first, refit = (result["groups"][name] for name in ("12-vae", "12-refit"))
+    first, refit, means = result["groups"].values()
     change, half, _ = first["base"]["minus_sft"]["mean"][0]
     back, _, _ = first["sft"]["minus_base"]["mean"][0]
     assert change * back < 0
     assert f"| base | 0.0 | 2 | {change:+.1f} ± {half:.1f}" in text
-    slope = result["slopes"]["sft"][0] - result["slopes"]["base"][0]
-    assert f"| SFT, minus base | slope | {slope:+.4f} |" in text
-    assert [len(refit[arm]["score"]["by_seed"]) for arm in ("base", "sft")] == [1, 2]
-    means, refitted = (tmp_path / f"sft-{name}-0.json" for name in ("12-0", "12-refit"))
-    found = [json.loads(path.read_text())["levels"] for path in (means, refitted)]
-    assert found[0] != found[1]  # the same means and steps, another base
+    sft, base = (result["slopes"][arm][0] for arm in ("sft", "base"))
+    assert f"| SFT, minus base | slope | {sft - base:+.4f} |" in text
+    assert len(refit["sft"]["score"]["by_seed"]) == 2
+    assert refit["sft"]["errors"] != means["sft"]["errors"]  # the same steps, another base
 
 
 def test_slopes_are_those_of_a_linear_velocity(world):

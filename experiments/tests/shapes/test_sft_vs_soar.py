@@ -47,8 +47,7 @@ def test_paired_test_agrees_with_all_sign_flips_and_its_interval_is_that_of_a_me
 def test_prompts_are_even_over_the_tasks(monkeypatch):
     prompts = sample.read_prompts(DATA / "prompts.jsonl")
     world = sft_vs_soar.World(*[None] * 6, prompts)
-    draws = Mock(return_value=[])
-    monkeypatch.setattr(sft_vs_soar, "sample", draws)
+    monkeypatch.setattr(sft_vs_soar, "sample", draws := Mock(return_value=[]))
     for setting in sft_vs_soar.SETTINGS.values():
         sft_vs_soar.correct(world, None, setting.prompts, 1, 0)
         tags = [prompts[i]["tag"] for i in draws.call_args.args[2]]
@@ -132,15 +131,16 @@ def test_runs_go_on_from_what_is_finished(world, tmp_path, monkeypatch):
 
 
 def test_collect_compares_arms_seed_by_seed(tmp_path):
-    correct = {"base-0": "01", "sft-0": "11", "sft-1": "00", "soar-1": "10", "soar-0": "01"}
-    for name, word in (correct | {"base-1": "01"}).items():
+    correct = {
+        "base-0": "01", "base-1": "01", "sft-0": "11", "sft-1": "00", "soar-0": "01", "soar-1": "10"
+    }  # fmt: skip
+    for name, word in correct.items():
         arm, seed = name.split("-")
         settings = sft_vs_soar.run_settings(arm, TINY, int(seed))
         kept = {"settings": settings, "correct": [[int(x)] for x in word]}
         (tmp_path / f"{name}.json").write_text(json.dumps(kept))
     rows = sft_vs_soar.collect(tmp_path, TINY)["arms"]
-    assert {arm: row["by_seed"] for arm, row in rows.items()} == {
-        "base": [0.5, 0.5], "sft": [1, 0], "soar": [0.5, 0.5]}  # fmt: skip
+    assert [row["by_seed"] for row in rows.values()] == [[0.5, 0.5], [1, 0], [0.5, 0.5]]
     assert rows["base"]["minus_sft"]["difference"] == 0
     assert "minus_sft" not in rows["sft"]
     lines = sft_vs_soar.table({"arms": rows}).splitlines()
