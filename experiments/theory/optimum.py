@@ -13,7 +13,7 @@ current velocity: the optimum is the fixed point. All of a term is linear in (c,
 path z1), so soar.py's own functions are run on the coefficients of these, and only t and sigma_aux
 are left to integrate, by quadrature: no sampling.
 
-Printed, for samples of 200 Euler steps at guidance 1 and 4.5 and each data_std: the standard
+Printed, for samples of 200 Euler steps at guidance 1 and 4.5 and each of DATA_STDS: the standard
 deviation over the data's, and the mean's gain, E[sample | c] / c. At guidance 1 the exact flow has
 1 and 1, but for the error of its Euler steps.
 """
@@ -42,28 +42,17 @@ from soar import (
     t_from_sigma,
 )
 
-DATA_STDS = (0.1, 0.2, 0.5, 1.0)
+DATA_STDS = (0.1, 0.2, 0.5, 1.0)  # of the data, given c
 TOP = 14.0  # the highest level's logit; at level 1 itself every term has the exact flow for optimum
 
 
 @dataclass(frozen=True)
 class Args:
     soar: Annotated[SoarConfig, tyro.conf.arg(name="")] = field(default_factory=SoarConfig)
-    data_stds: tuple[float, ...] = DATA_STDS
-    """Of the data, given c."""
-    caption_dropout: bool = False
-    """At any rate: then the velocity without a prompt is trained too, by SOAR."""
-    mislabelled: bool = False
-    """The mistake of a port: the state stands (sigma_aux - sigma_next) / (sigma_upper - sigma_next)
-    of the way to z1, but its level is said to be sigma_aux."""
     sweep: Path | None = None
     """Solve all settings of the page instead; optimum.json and optimum.png are written there."""
     levels: Path | None = None
-    """Print instead, by level, what SOAR changes for latents of these "latent_noises"."""
-
-    def __post_init__(self):
-        if not self.data_stds or not all(0 < x < math.inf for x in self.data_stds):
-            raise ValueError(f"--data_stds is {self.data_stds}, expected numbers > 0")
+    """Print instead, by level, how SOAR changes the slope for latents of these "latent_noises"."""
 
 
 # --- Velocities a(sigma) z + b(sigma) c ---
@@ -239,7 +228,14 @@ def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
         z_aux = renoise(z_hat, z1 if config.shared_noise else path_z1, sigma_next, state_level)
         terms = products(z_aux, correction_target(z_aux, z0, sigma_aux))
         moments = moments + (weight[..., None] * terms.view(*shape, 5)).sum(1)
-    return solved(moments, problem)
+
+    # The normal equations' a and b; b is 0 where there is no condition.
+    zz, zc, cc, zv, cv = moments.unbind(-1)
+    if not problem.flow.conditional:
+        return torch.stack([zv / zz, torch.zeros_like(zz)], -1)
+    determinant = zz * cc - zc**2
+    a = (cc * zv - zc * cv) / determinant
+    return torch.stack([a, (cv - zc * a) / cc], -1)
 
 
 def products(z: Tensor, target: Tensor) -> Tensor:
@@ -248,16 +244,6 @@ def products(z: Tensor, target: Tensor) -> Tensor:
     c[..., 0] = 1
     pairs = ((z, z), (z, c), (c, c), (z, target), (c, target))
     return torch.stack([(x * y).sum(-1) for x, y in pairs], -1)
-
-
-def solved(moments: Tensor, problem: Problem) -> Tensor:
-    """The normal equations' a and b, (L, 2); b is 0 where there is no condition."""
-    zz, zc, cc, zv, cv = moments.unbind(-1)
-    if not problem.flow.conditional:
-        return torch.stack([zv / zz, torch.zeros_like(zz)], -1)
-    determinant = zz * cc - zc**2
-    a = (cc * zv - zc * cv) / determinant
-    return torch.stack([a, (cv - zc * a) / cc], -1)
 
 
 def jacobian(best: Tensor, a: Tensor, b: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -311,7 +297,10 @@ def optimum(
     config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
     caption_dropout: bool = False,
 ) -> LinearVelocity:  # fmt: skip
-    """What SOAR converges to."""
+    """What SOAR converges to.
+    mislabelled, the mistake of a port: the state stands (sigma_aux - sigma_next) / (sigma_upper -
+    sigma_next) of the way to z1, but its level is said to be sigma_aux.
+    caption_dropout, at any rate: then the velocity without a prompt is trained too, by SOAR."""
     flow = exact_flow(data_std, conditional)
     if caption_dropout:  # of dropped samples, all unguided
         flow = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
@@ -395,47 +384,27 @@ def figure(path: Path) -> None:
 LEVELS = (0.1, 0.15, 0.25, 0.35, 0.55, 0.75, 0.9)  # sigma, as in experiments.shapes.levels
 
 
-def errors_of(velocity: LinearVelocity, noise: float, sigma: Tensor) -> Tensor:
-    """(2, L): the mean squared error against latents drawn about their means c, and against c."""
-    a, b = velocity(sigma)
-    of_c = a * (1 - sigma) + b + 1 if velocity.conditional else torch.zeros_like(a)
-    to_mean = of_c**2 + (a * sigma - 1) ** 2
-    return torch.stack([to_mean + (a * (1 - sigma) * noise + noise) ** 2, to_mean])
-
-
 def predicted(noises: list[float], guidance: float) -> Tensor:
-    """(3, L): by how much the optimum's two errors and its slope a pass the exact flow's, over the
-    noises: means of errors; slopes as one regression over all latents finds them. c is the mean
-    latent. Unguided there is no prompt: at low levels a state tells its mean without one."""
+    """(L,): by how much the optimum's slope a passes the exact flow's, as one regression over
+    latents of all noises finds them. c is the mean latent. Unguided there is no prompt: at low
+    levels a state tells its mean without one."""
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    errors, slopes, weights = [], [], []
+    slopes, weights = [], []
     for noise in noises:
         guided = guidance != 1
-        exact = exact_flow(noise, guided)
         best = optimum(SoarConfig(guidance_scale=guidance), noise, guided)
-        errors.append(errors_of(best, noise, sigma) - errors_of(exact, noise, sigma))
-        slopes.append(best(sigma)[0] - exact(sigma)[0])
+        slopes.append(best(sigma)[0] - exact_flow(noise, guided)(sigma)[0])
         weights.append(((1 - sigma) * noise) ** 2 + sigma**2)
     weights = torch.stack(weights)
-    slope = (torch.stack(slopes) * weights).sum(0) / weights.sum(0)
-    return torch.cat([torch.stack(errors).mean(0), slope[None]])
+    return (torch.stack(slopes) * weights).sum(0) / weights.sum(0)
 
 
 def levels_table(noises: list[float]) -> str:
-    """The optimum minus the exact flow."""
-    lines = [["rollout", "change of", *(f"{level:g}" for level in LEVELS)]]
-    for guidance in (1.0, 4.5):
-        names = ("error, drawn", "error, means", "slope")
-        for name, row in zip(names, predicted(noises, guidance).tolist()):
-            lines.append([f"w = {guidance:g}", name, *(f"{x:+.4f}" for x in row)])
-    return markdown(lines, names=2)
-
-
-def read_noises(file: Path) -> list[float]:
-    found = json.loads(file.read_text()).get("latent_noises")
-    if not found or min(found) <= 0:
-        raise ValueError(f'{file}: "latent_noises" is {found}, expected a list of numbers > 0')
-    return found
+    """The optimum's slope minus the exact flow's."""
+    lines = [["rollout", *map(str, LEVELS)]]
+    for w in (1.0, 4.5):
+        lines.append([f"w = {w:g}", *map("{:+.4f}".format, predicted(noises, w).tolist())])
+    return markdown(lines)
 
 
 def write_sweep(folder: Path) -> None:
@@ -452,13 +421,12 @@ def main(args: Args) -> None:
     if args.sweep is not None:
         write_sweep(args.sweep)
     elif args.levels is not None:
-        print(levels_table(read_noises(args.levels)), end="")
+        noises = json.loads(args.levels.read_text())["latent_noises"]
+        print(levels_table(noises), end="")
     else:
-        made = {"exact flow": [], "SOAR": []}
-        for data_std in args.data_stds:
-            found = optimum(args.soar, data_std, True, args.mislabelled, args.caption_dropout)
-            made["exact flow"].append(values(exact_flow(data_std), args.soar.shift))
-            made["SOAR"].append(values(found, args.soar.shift))
+        shift = args.soar.shift
+        made = {"exact flow": [values(exact_flow(x), shift) for x in DATA_STDS]}
+        made["SOAR"] = [values(optimum(args.soar, x), shift) for x in DATA_STDS]
         print(table(made), end="")
 
 

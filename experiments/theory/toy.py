@@ -242,9 +242,7 @@ def errors(model: Callable, seed: int, args: Args) -> list[list[float]]:
 
 def run(args: Args) -> dict:
     """{"settings", "true law": MEASURES by seed, arm: by seed and guidance, "errors": by arm}."""
-    settings = {"seeds": list(args.seeds)}
-    for name in ("pretrain_steps", "steps", "batch_size", "learning_rate", "samples"):
-        settings[name] = getattr(args, name)
+    settings = {x: y for x, y in vars(args).items() if x not in ("arms", "output_dir")}
     result = {"settings": settings, "true law": []} | {name: [] for name in args.arms}
     result["errors"] = {name: [] for name in args.arms}
     for seed in args.seeds:

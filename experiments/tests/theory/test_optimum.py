@@ -169,20 +169,6 @@ def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings, mislab
         assert sampled(coarse, 200, guidance) == pytest.approx(expected, abs=tolerance)
 
 
-def test_errors_by_level_are_those_of_drawn_latents_and_of_their_means():
-    noise, sigma = 0.3, torch.tensor(LEVELS, dtype=torch.float64)
-    best = optimum.optimum(SoarConfig(), noise)
-    normal = {"generator": seeded("levels"), "dtype": torch.float64}
-    c, n, z1 = torch.randn(3, 200_000, 1, **normal)
-    a, b = best(sigma)
-    found = []
-    for z0 in (c + noise * n, c):
-        v = a * ((1 - sigma) * z0 + sigma * z1) + b * c
-        found.append(((v - (z1 - z0)) ** 2).mean(0))
-    expected = optimum.errors_of(best, noise, sigma)
-    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0)
-
-
 def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsys):
     """Slopes are the optimum's less the exact flow's, and weigh as their states' squares."""
     file = tmp_path / "levels.json"
@@ -196,13 +182,8 @@ def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsy
         slope = optimum.optimum(SoarConfig(), noise)(sigma)[0] - exact_flow(noise)(sigma)[0]
         expected, weights = expected + weight * slope, weights + weight
     cells = " | ".join(f"{x:+.4f}" for x in (expected / weights).tolist())
-    assert lines[-1] == f"| w = 4.5 | slope | {cells} |"
-    drawn, means, slope = ([float(x) for x in line.split("|")[3:-1]] for line in lines[2:5])
-    assert max(means) <= 0 <= min(drawn)
-    assert min(slope) > 0
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="latent_noises"):
-        optimum.main(Args(levels=file))
+    assert lines[-1] == f"| w = 4.5 | {cells} |"
+    assert min(float(x) for x in lines[2].split("|")[2:-1]) > 0
 
 
 def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsys):
@@ -220,9 +201,3 @@ def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsy
 def test_geometry_is_drawn(tmp_path):
     geometry.main(tmp_path / "geometry.png")
     assert (tmp_path / "geometry.png").read_bytes() == (RESULTS / "geometry.png").read_bytes()
-
-
-def test_bad_data_std_is_refused_by_name():
-    for bad in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="--data_stds"):
-            Args(data_stds=(0.5, bad))
