@@ -122,7 +122,7 @@ def lines_in(paths: list[Path]) -> int:
 
 def test_experiments_and_tests_stay_small():
     assert lines_in(MODULES) <= 6800
-    assert lines_in([*TESTS, ROOT / "test_soar.py"]) <= 7750
+    assert lines_in([*TESTS, ROOT / "test_soar.py"]) <= 7700
     for path in TESTS:
         assert lines_in([path]) < 700, path.name
 

@@ -1,7 +1,6 @@
 """experiments.theory.optimum: its argument and its fixed points, through soar.py's own loss."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -176,11 +175,13 @@ def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsy
     optimum.main(Args(levels=file))
     lines = capsys.readouterr().out.splitlines()
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    expected, weights = 0, 0
+    expected = 0
+    weights = 0
     for noise in (0.25, 0.5):
         weight = ((1 - sigma) * noise) ** 2 + sigma**2
         slope = optimum.optimum(SoarConfig(), noise)(sigma)[0] - exact_flow(noise)(sigma)[0]
-        expected, weights = expected + weight * slope, weights + weight
+        expected += weight * slope
+        weights += weight
     cells = " | ".join(f"{x:+.4f}" for x in (expected / weights).tolist())
     assert lines[-1] == f"| w = 4.5 | {cells} |"
     assert min(float(x) for x in lines[2].split("|")[2:-1]) > 0
