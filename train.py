@@ -14,9 +14,9 @@ and stops; torchrun leaves it 30 s for that (experiments/README.md, Signals: how
 Written to output_dir:
 - checkpoint-NNNNNN/: transformer/ (with --lora_rank a LoRA file in its place),
   optimizer.safetensors, trainer_state.json. It gets this name once all of it is on the disk.
-- metrics.jsonl, and the same in tensorboard/: each --logging_steps a line of METRICS, where quarter
-  1 of sigma is the cleanest; with --held_out also {"step": 500, "held_out": mean, "held_out_0.1":
-  at sigma 0.1, ...}.
+- metrics.jsonl, and the same in tensorboard/: each --logging_steps a line of loss, grad_norm and
+  others (base_sigma_1: the base term's error at sigma below 0.25); with --held_out also {"step":
+  500, "held_out": mean, "held_out_0.1": at sigma 0.1, ...}.
 - validation-NNNNNN/: an image for each of --validation_prompts.
 
 Every random number is a function of the seed and of what it is for, in training of (seed, step,
@@ -217,7 +217,7 @@ class Args:
     """Hub id or folder of a Stable Diffusion 3 pipeline."""
     transformer: str = "base"
     """Where to start: base, the pipeline's own transformer; another run's output_dir, a checkpoint,
-    a diffusers transformer folder or a LoRA file."""
+    a diffusers transformer folder or a LoRA file. With --lora_rank: base, or what holds a LoRA."""
     training: TrainingConfig = TrainingConfig()
     soar: SoarConfig = SoarConfig()
     job: JobConfig = JobConfig()
@@ -497,9 +497,10 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 def load_trainable(
     name_or_path: str, weights: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer on device; trained parameters are float32. weights: a transformer folder or a
-    LoRA file; None: the pipeline's own. Without lora_rank a LoRA file is merged and all weights are
-    trained; with it the file's matrices are, or new ones. Raises ValueError: weights do not fit."""
+    """The transformer on device; trained parameters are float32. Without lora_rank: of the folder
+    weights, or the pipeline's own with the LoRA file weights merged, or as it is. With it: the
+    pipeline's own, frozen, and the matrices of the LoRA file weights, or new ones.
+    Raises ValueError: weights do not fit, or are a folder where a LoRA is trained."""
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
         for parameter in model.requires_grad_(True).parameters():
@@ -585,8 +586,8 @@ def make_optimizer(
 
 def make_lr_factor(training: TrainingConfig, optimizer: torch.optim.AdamW) -> Callable:
     """What a step, counted from 1, multiplies the learning rate by: a function of the step, so
-    there is no state to save. A schedule may be 0 at step 0 and at its last. That is here
-    max_train_steps + 1, so the steps that are taken, 1 to max_train_steps, are neither."""
+    there is no state to save. A schedule may be 0 at step 0 and at its last step: it is given
+    max_train_steps + 1 of them, so no step that is taken, 1 to max_train_steps, has rate 0."""
     # Only its function is used. That it sets the optimizer's rate here is undone before each step.
     return get_scheduler(
         training.lr_scheduler, optimizer, num_warmup_steps=training.lr_warmup_steps,
@@ -677,8 +678,8 @@ def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
     return values | {
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
         "pipeline": identity(base, "rest"),  # all but its transformer
-        "transformer": digest(weights) if weights else "base",
-        "base_transformer": identity(base, "transformer"),
+        "transformer": digest(weights) if weights else "base",  # what --transformer names
+        "base_transformer": identity(base, "transformer"),  # the pipeline's own, under a LoRA
         "resolution": args.data.resolution,
         "global_batch": global_batch,
     }
@@ -816,7 +817,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     global_batch = training.train_batch_size * training.gradient_accumulation_steps * world_size
     settings = run_settings(args, weights, global_batch)
-    flags = vars(args.data) | vars(args.training) | vars(args.job)  # SOAR's are in settings
+    flags = vars(args.data) | vars(args.training) | vars(args.job)  # settings has SOAR's
     check_ranks_agree(flags | settings | {"output_dir": folder}, cpu_group)
     if visible(folder) and not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"--output_dir {folder} is not empty and holds no run: no metrics.jsonl")
@@ -826,7 +827,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     state = {"step": 0, "sums": zero_sums(device).tolist()}
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        # settings have no data yet, which take long to read: here the saved ones stand for them.
+        # Early, before the long check of the data: all but settings["data"], put in from the saved.
         check_same(state["settings"], state["settings"] | settings, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
@@ -834,7 +835,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     settings["data"] = int_digest(json.dumps(pairs.digests).encode())
     if checkpoint is not None:
         check_same(state["settings"], settings, folder)
-    if held_out is not None:  # a pair for each rank at least: read_batch takes no empty batch
+    if held_out is not None:  # a pair for each rank at least, or its batch would be empty
         pairs_said += f"\nheld out     {held_out.check(cpu_group, world_size)}; "
         pairs_said += f"{len({*held_out.digests} & {*pairs.digests})} also in --dataset"
     pipe = load_frozen(args, device)
@@ -923,19 +924,19 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
     began = time.perf_counter()
     soar, sums = args.soar, zero_sums(run.device)
     micros = list(islice(batches, args.training.gradient_accumulation_steps))
-    # The loss is a sum over the global batch / normalizer; DDP takes means of gradients over the
-    # ranks, so each rank divides its own part by normalizer / world_size.
-    normalizer = sum(loss_normalizer(batch.draws.t, soar) for batch in micros)
-    dist.all_reduce(normalizer, group=run.cpu_group)
-    normalizer = normalizer.item() / run.world_size
+    # The loss is a sum over the global batch / total; DDP takes means of gradients over the ranks,
+    # so each rank divides its own part by total / world_size.
+    total = sum(loss_normalizer(batch.draws.t, soar) for batch in micros)
+    dist.all_reduce(total, group=run.cpu_group)
+    normalizer = total.item() / run.world_size
 
     for batch in micros:
         z0, cond, draws = encode(batch, run, args.training.max_sequence_length)
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
-    # Summed over ranks, the losses are world_size times the loss, as each was divided by normalizer
-    # / world_size. So each rank counts 1, and the ratio is the loss.
+    # Divided by total / world_size, the losses of the ranks have the loss for their mean: each rank
+    # adds 1 to the count, and sum / count is the loss.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, micros, sums)
@@ -977,10 +978,9 @@ def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
-    # autocast keeps its bf16 copies of the weights until its outermost block ends. This block does
-    # no more than be that one (bf16 is switched on in velocity): the copies are made once, not for
-    # every term. If the rollout, which is under no_grad, made them first, the weights would get no
-    # gradient; the base term makes them.
+    # velocity switches bf16 on. This block is only the outermost: when that ends, autocast drops
+    # its bf16 copies of the weights, so here they are made once and not for every term. Copies that
+    # are made under no_grad, as in the rollout, have no gradient: so the base term comes first.
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
@@ -1019,8 +1019,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # In one piece, where check() took every n-th row: so a rank reads rows that others digested,
-    # and read() raises if its node has other data.
+    # On purpose in one piece, where check() took every n-th row: most rows are read by another rank
+    # than the one that digested them, so that a node with other data raises.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         indices = part.tolist()
@@ -1075,6 +1075,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     noted = note_signals()
     log = None
     if run.rank == 0:
+        # The loop begins with the validation of this step if it is due, also after a resume.
         measured_again = run.held_out is not None and validation_due()
         log = Log(args.output_dir, run.step, measured_again)
         stack.callback(log.writer.close)
@@ -1084,8 +1085,8 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     stop_signal = 0
 
     while not stop_signal:
-        # A step is saved at the end of this loop and validated at the next start of it: a run that
-        # is killed while it validates goes on from that step, and validates it again.
+        # A step that is both saved and validated is saved first, at the end of this loop: a run
+        # that is killed while it validates goes on from that step, and validates it again.
         if validation_due():
             if prompts:
                 validate(args, run, prompts)
