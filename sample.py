@@ -388,6 +388,7 @@ def load_lora(model: SD3Transformer2DModel, file: Path) -> None:
         raise ValueError(f"LoRA file {file}: {error}") from None
     for name, x in own.items():  # exactly: diffusers casts to the type of the frozen weights
         x.data = tensors[name].to(x.device, torch.float32)
+        x.requires_grad_()  # peft freezes those of a file that says inference_mode
 
 
 def check_size(

@@ -8,8 +8,8 @@ would run, and writes nothing. The defaults are those of the published runs on s
 of 8 GPUs x 4 images.
 
 However a run ended, the same command goes on from its last checkpoint. At SIGTERM, SIGINT or
-SIGUSR1 it ends the step that it is in, or a validation and the step after it, saves a checkpoint
-and stops; torchrun leaves it 30 s for that (experiments/README.md, Signals: how to give it more).
+SIGUSR1 it ends its step (or a validation, and then one more step), saves a checkpoint and stops;
+torchrun leaves it 30 s for that (experiments/README.md, Signals: how to give it more).
 
 Written to output_dir:
 - checkpoint-NNNNNN/: transformer/ (with --lora_rank a LoRA file in its place),
@@ -273,7 +273,7 @@ def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
 
 
 def at_least(table: datasets.Dataset, minima: dict[str, float]) -> list[int]:
-    """The rows whose columns are at least minima; a missing value is not.
+    """The rows whose columns are at least minima; rows with a missing value are left out.
     Raises ValueError: a column holds no numbers."""
     keep = np.full(len(table), True)
     for column, least in minima.items():
@@ -292,8 +292,8 @@ def decode(content: bytes) -> Image.Image:
     if image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits: convert it to 8")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    # Pixels must be of the kind that the profile is for: L if both are grey, CMYK if the image is,
-    # else RGB, which a grey image's profile may be for too.
+    # Pixels must be of the kind that the profile is for. A grey image with a grey profile: L. A
+    # CMYK image: CMYK. All else, such as a grey image with an RGB profile: RGB.
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
     if image.info.get("icc_profile"):  # Pillow has None for one in pieces: taken as sRGB
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
@@ -482,7 +482,7 @@ def read_batches(
         return batch
 
     keys = product(range(done + 1, training.max_train_steps + 1), range(num_micros))
-    # While a step runs, the next one is made, and one batch more for each thread.
+    # In work or ready: the batches of the next step, and one more for each thread.
     return in_threads(make, keys, threads, ahead=num_micros + threads)
 
 
@@ -497,9 +497,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state for a parameter
 def load_trainable(
     name_or_path: str, weights: Path | None, training: TrainingConfig, device: torch.device
 ) -> SD3Transformer2DModel:
-    """The transformer on device; trained parameters are float32. Without lora_rank: of the folder
-    weights, or the pipeline's own with the LoRA file weights merged, or as it is. With it: the
-    pipeline's own, frozen, and the matrices of the LoRA file weights, or new ones.
+    """The transformer on device; trained parameters are float32.
+
+    Without lora_rank all is trained: `weights` is a folder, or a LoRA file, which is merged into
+    the pipeline's transformer, or None: that alone. With lora_rank LoRA matrices are trained over
+    the pipeline's, frozen: `weights` is their file, or None: new ones.
     Raises ValueError: weights do not fit, or are a folder where a LoRA is trained."""
     if training.lora_rank is None:
         model = load_transformer(name_or_path, weights, torch.float32, device)
@@ -741,7 +743,8 @@ def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
 class Log:
     """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl. Made at the
     start, by the holder of output_dir's lock: deletes checkpoints that are not finished, the lines
-    of steps after `done` and, if it is to be measured again, the held-out line of step `done`."""
+    of steps after `done` and, where the loop will repeat the validation of step `done`, the
+    held-out line of that."""
 
     def __init__(self, output_dir: Path, done: int, measured_again: bool):
         for path in output_dir.glob(".checkpoint-*"):
@@ -827,7 +830,7 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     state = {"step": 0, "sums": zero_sums(device).tolist()}
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        # Early, before the long check of the data: all but settings["data"], put in from the saved.
+        # settings has no "data" yet: the saved value stands in. All are compared again below.
         check_same(state["settings"], state["settings"] | settings, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
@@ -878,7 +881,7 @@ def warm_up(velocity: Velocity, run: Run, batch_size: int) -> None:
     order."""
     z = torch.zeros(batch_size, *run.latent_shape, device=run.device)
     sigma = torch.ones(batch_size, device=run.device)
-    for _ in range(2):
+    for _ in range(2):  # the second forward rebuilds them
         velocity(z, sigma, run.uncond).sum().backward()
         run.optimizer.zero_grad(set_to_none=False)
 
@@ -935,8 +938,7 @@ def training_step(args: Args, run: Run, velocity: Velocity, batches: Iterator[Ba
         terms = soar_terms(velocity, z0, draws, cond, run.uncond, soar, normalizer=normalizer)
         backward(terms, soar.num_terms, run.ddp, sums, last=batch is micros[-1])
 
-    # Divided by total / world_size, the losses of the ranks have the loss for their mean: each rank
-    # adds 1 to the count, and sum / count is the loss.
+    # The mean over ranks of their sums of losses is the loss of the step: so each rank counts 1.
     sums[METRICS.index("loss"), 1] = 1
     dist.all_reduce(sums)
     update(args, run, micros, sums)
@@ -978,9 +980,10 @@ def update(args: Args, run: Run, micros: list[Batch], sums: Tensor) -> None:
 def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: bool) -> None:
     """Back-propagate the terms one by one, so that one graph is in memory at a time, and add them
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
-    # velocity switches bf16 on. This block is only the outermost: when that ends, autocast drops
-    # its bf16 copies of the weights, so here they are made once and not for every term. Copies that
-    # are made under no_grad, as in the rollout, have no gradient: so the base term comes first.
+    # autocast drops its bf16 copies of the weights when its outermost block ends. This one changes
+    # no dtype (velocity's does); it is here to be the outermost, so that the copies last for all
+    # terms. A copy made under no_grad, as in the rollout, would be used again without a gradient:
+    # soar_terms yields the base term first, so none is.
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
@@ -1019,8 +1022,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # On purpose in one piece, where check() took every n-th row: most rows are read by another rank
-    # than the one that digested them, so that a node with other data raises.
+    # Shares in one piece, where check()'s were every n-th row: most rows are then read by a rank
+    # that did not digest them, and Pairs.load raises if two nodes' data differ.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         indices = part.tolist()

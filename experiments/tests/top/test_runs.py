@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -288,6 +288,18 @@ def test_soar_starts_from_the_weights_of_sft(runs, tmp_path, monkeypatch):
     refused(tmp_path / "x", "LoRA", transformer=last(runs / "1x4"), lora_rank=4)
     edit_json(tmp_path / "copy/config.json", in_channels=4)
     refused(tmp_path / "x", "in_channels is 4, that of", transformer=tmp_path / "copy")
+
+
+def test_lora_file_that_says_inference_mode_is_trained(lora, tmp_path):
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": list(train.LORA_MODULES)}
+    settings = {f"transformer.{x}": y for x, y in (settings | {"inference_mode": True}).items()}
+    tensors = load_file(last(lora / "whole") / sample.LORA)
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata=metadata)
+    flags = {"transformer": tmp_path / "lora.safetensors", "lora_rank": 4, "learning_rate": 1e-2}
+    run(tmp_path / "run", max_train_steps=1, **flags)
+    after = load_file(last(tmp_path / "run") / sample.LORA)
+    assert any(not torch.equal(x, tensors[name]) for name, x in after.items())
 
 
 def test_lora_goes_on_over_the_base_that_it_began_with(lora, tmp_path):

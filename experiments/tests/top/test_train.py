@@ -354,7 +354,7 @@ def test_host_waits_for_the_device_only_where_it_must(tmp_path, monkeypatch):
     with Watch(see):
         run(tmp_path / "run", max_train_steps=3, logging_steps=10, train_batch_size=2)
     known = (
-        "normalizer = normalizer.item() / run.world_size",  # on the CPU
+        "normalizer = total.item() / run.world_size",  # on the CPU
         "if not sums.isfinite().all():",  # once a step
         "return int(number)",  # on the CPU
         "if t.device.type",  # soar.py, on a CPU only
