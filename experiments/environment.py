@@ -1,8 +1,10 @@
-"""What experiments share: a command of another program, an environment to run it in, a table.
+"""What experiments share: a command of another program, an environment to run it in, the commit
+that results are of, a table.
 
 Nothing is downloaded but packages: what runs is told to be offline, and sees no GPU.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -22,6 +24,15 @@ def run(*words: object) -> str:
         said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}".strip()
         raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}:\n{said}")
     return done.stdout
+
+
+def commit() -> str:
+    """The repository's commit, with a + where files differ from it; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def markdown(lines: list[list[str]], names: int = 1) -> str:

@@ -58,6 +58,10 @@ class Args:
     """Blocks per network, of a few channels, at 64 x 64 pixels; by default all, of their real
     size, at 512 x 512."""
 
+    def __post_init__(self):
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"--blocks is {self.blocks}, expected at least 1")
+
 
 # --- The pipeline -------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -49,7 +48,7 @@ import soar
 import train
 from experiments.cost import memory
 from experiments.cost.rehearsal import TRANSFORMER
-from experiments.environment import ROOT, markdown
+from experiments.environment import commit, markdown
 from sample import check_numbers, init_distributed, save_whole, seeded
 
 RESULTS = Path(__file__).parent / "results"
@@ -351,10 +350,9 @@ def describe(device: torch.device) -> dict:
     name = f"{os.cpu_count()} x " + next(x for x in cpus if "model name" in x).split(": ")[1]
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    head = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python -m experiments.cost.step_cost", *sys.argv[1:]]),
         "device": name,
         "torch": torch.__version__,

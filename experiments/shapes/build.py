@@ -143,14 +143,15 @@ def text_encoders(clip: CLIPTokenizer, t5: T5TokenizerFast, generator: torch.Gen
 def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     """A trained VAE, frozen random text encoders and an untrained transformer."""
     tokenizers = build_tokenizers()
-    torch.manual_seed(seed)  # the constructors draw from the global generator
-    transformer = SD3Transformer2DModel(
-        sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=5,
-        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
-        caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=16,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
-    encoders = text_encoders(*tokenizers[1:], torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng():  # the constructors draw from the global generator
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=5,
+            attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+            caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=16,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
+        )  # fmt: skip
+        encoders = text_encoders(*tokenizers[1:], torch.Generator().manual_seed(seed))
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], text_encoder_3=encoders[2],
@@ -163,13 +164,14 @@ def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
 
 def train_vae(pixels: Tensor, steps: int, seed: int) -> AutoencoderKL:
     """Train a 16-channel, 8x down-sampling autoencoder on (n, 3, 64, 64) uint8 pixels."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 32, 64), layers_per_block=1, latent_channels=16,
-        norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False, use_quant_conv=False,
-        use_post_quant_conv=False,
-    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 32, 64), layers_per_block=1, latent_channels=16,
+            norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False,
+            use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4)
     for step in tqdm(range(steps), desc="vae", mininterval=10):

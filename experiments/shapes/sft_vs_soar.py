@@ -13,8 +13,8 @@ ARM-SEED.json, ARM-SEED.safetensors (weights) and results.json.
 
 import dataclasses
 import json
+import math
 import multiprocessing
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.environment import markdown
+from experiments.environment import commit, markdown
 from experiments.shapes.detect import score_image
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
 from sample import (
@@ -46,6 +46,7 @@ from sample import (
     sample_images,
     save_whole,
     seeded,
+    sync,
 )
 from soar import Draws, SoarConfig, draw, soar_terms
 from train import batched, make_velocity, step_indices
@@ -159,10 +160,12 @@ def load_world(cached: Path, data: Path = DATA) -> World:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors beside path, then rename: path never holds half of it."""
+    """Write safetensors beside path, to the disk, then rename: path never holds half of it."""
     staging = path.with_name(f".{path.name}.tmp")
     save_file({key: x.contiguous() for key, x in tensors.items()}, staging)
+    sync(staging)
     staging.rename(path)
+    sync(path.parent)
 
 
 def load_base(weights: Path | None = None) -> SD3Transformer2DModel:
@@ -199,7 +202,7 @@ def train(
     """The trained transformer; AdamW and clipping as train.py has them.
     base: the weights to start from, by default the committed ones.
 
-    Raises RuntimeError: a gradient is not finite."""
+    Raises FloatingPointError: a loss is not finite."""
     transformer = load_base(base).requires_grad_(True).train()
     steps, batch = round(arm.steps * setting.steps), round(arm.batch * setting.batch)
     rate = setting.learning_rate
@@ -210,10 +213,14 @@ def train(
     )  # fmt: skip
     velocity = make_velocity(transformer, CPU, False)
     for step in range(1, steps + 1):
+        total = 0.0
         inputs = step_inputs(world, arm.config, seed, step, batch)
         for term in soar_terms(velocity, *inputs, arm.config):
             term.loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0, error_if_nonfinite=True)
+            total += term.loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{arm.label}, seed {seed}: loss of step {step} is not finite")
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -328,13 +335,6 @@ def paired_over_seeds(scores: dict[str, dict], name: str, other: str) -> dict:
     return paired_test(a, b)
 
 
-def commit() -> str:
-    """The repository's commit, with a + where files differ from it; "unknown" outside of git."""
-    command = "git describe --always --exclude='*' --dirty=+"
-    found = subprocess.run(command, shell=True, cwd=DATA, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def table(result: dict) -> str:
     """Markdown: scores in %, differences in points."""
     rows = result["arms"].values()
@@ -362,6 +362,8 @@ def points(test: dict[str, float] | None) -> str:
 
 def share_out(work: Callable, folder: Path, jobs: dict[str, tuple], processes: int) -> None:
     """work(folder, *job) for each job, by name, in its order; work returns seconds."""
+    if processes < 1:
+        raise ValueError(f"--num_processes is {processes}, expected at least 1")
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(work, folder, *job): name for name, job in jobs.items()}
         for future in tqdm(as_completed(futures), work.__name__, len(jobs), unit="run"):

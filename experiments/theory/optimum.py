@@ -421,7 +421,9 @@ def main(args: Args) -> None:
     if args.sweep is not None:
         write_sweep(args.sweep)
     elif args.levels is not None:
-        noises = json.loads(args.levels.read_text())["latent_noises"]
+        noises = json.loads(args.levels.read_text()).get("latent_noises")
+        if not noises or min(noises) <= 0:
+            raise ValueError(f'{args.levels}: "latent_noises" is {noises}, expected numbers > 0')
         print(levels_table(noises), end="")
     else:
         shift = args.soar.shift

@@ -185,6 +185,9 @@ def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsy
     cells = " | ".join(f"{x:+.4f}" for x in (expected / weights).tolist())
     assert lines[-1] == f"| w = 4.5 | {cells} |"
     assert min(float(x) for x in lines[2].split("|")[2:-1]) > 0
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="latent_noises"):
+        optimum.main(Args(levels=file))
 
 
 def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsys):
