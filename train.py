@@ -23,7 +23,6 @@ Every random number is a function of the seed and of what it is for, in training
 sample): for the same global batch the number of GPUs changes only the order of sums.
 """
 
-import contextlib
 import glob
 import hashlib
 import io
@@ -38,6 +37,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice, product
@@ -119,7 +119,7 @@ class DataConfig:
     ] = field(default_factory=dict)
     """A column and a number, such as aesthetic 6.8: leave out rows below. May be given again."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """Rows that cannot be used are listed; then stop, or go on without them."""
+    """Rows that cannot be used are counted, the first 20 listed; then stop, or go on without."""
     reader_threads: int = 4
     """Threads of each process that read images and draw noise."""
 
@@ -216,8 +216,9 @@ class Args:
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Hub id or folder of a Stable Diffusion 3 pipeline."""
     transformer: str = "base"
-    """Where to start: base, the pipeline's own transformer; another run's output_dir, a checkpoint,
-    a diffusers transformer folder or a LoRA file. With --lora_rank: base, or what holds a LoRA."""
+    """Where to start: base, the pipeline's own transformer; another run's output_dir, of which each
+    start takes the newest checkpoint; a checkpoint, a diffusers transformer folder or a LoRA file.
+    With --lora_rank: base, or what holds a LoRA."""
     training: TrainingConfig = TrainingConfig()
     soar: SoarConfig = SoarConfig()
     job: JobConfig = JobConfig()
@@ -267,7 +268,7 @@ def read_metadata(file: Path, data: DataConfig) -> datasets.Dataset:
         if name not in known:
             raise ValueError(f"{file} has no column {name}: {known}")
         columns[column] = [row.get(name) for row in rows]
-        if column not in data.minima:  # one kind of value; Pairs.check lists rows without a text
+        if column not in data.minima:  # one type a column, for Arrow; Pairs.check lists the None
             columns[column] = [x if isinstance(x, str) else None for x in columns[column]]
     return datasets.Dataset.from_dict(columns)
 
@@ -295,7 +296,7 @@ def decode(content: bytes) -> Image.Image:
     # Pixels must be of the kind that the profile is for. A grey image with a grey profile: L. A
     # CMYK image: CMYK. All else, such as a grey image with an RGB profile: RGB.
     kind = "CMYK" if image.mode == "CMYK" else "RGB"
-    if image.info.get("icc_profile"):  # Pillow has None for one in pieces: taken as sRGB
+    if image.info.get("icc_profile"):  # None, if parts of it are missing: then taken as sRGB
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if profile.profile.xcolor_space == "GRAY" and image.mode in ("1", "L", "LA"):
             kind = "L"
@@ -630,6 +631,14 @@ def save_checkpoint(
         ) from error
 
 
+def hold(output_dir: Path, stack: ExitStack) -> None:
+    """Lock output_dir until stack closes, and delete what a killed run left of a checkpoint.
+    Raises RuntimeError: another run holds it."""
+    stack.enter_context(locked(output_dir))
+    for path in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def delete_old(output_dir: Path, limit: int | None) -> None:
     """Keep the newest checkpoints only. Renamed first: half of one must not pass for a whole."""
     for path in checkpoints(output_dir)[:-limit] if limit else []:
@@ -681,7 +690,7 @@ def run_settings(args: Args, weights: Path | None, global_batch: int) -> dict:
         "sigma_upper_ratio": str(args.soar.sigma_upper_ratio),  # inf is not JSON
         "pipeline": identity(base, "rest"),  # all but its transformer
         "transformer": digest(weights) if weights else "base",  # what --transformer names
-        "base_transformer": identity(base, "transformer"),  # the pipeline's own, under a LoRA
+        "base_transformer": identity(base, "transformer"),  # of base, or what a LoRA is added to
         "resolution": args.data.resolution,
         "global_batch": global_batch,
     }
@@ -741,14 +750,11 @@ def add_term(sums: Tensor, term: Term, auxiliary: bool) -> None:
 
 
 class Log:
-    """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl. Made at the
-    start, by the holder of output_dir's lock: deletes checkpoints that are not finished, the lines
-    of steps after `done` and, where the loop will repeat the validation of step `done`, the
-    held-out line of that."""
+    """What rank 0 writes beside checkpoints: TensorBoard's files and metrics.jsonl. A run that
+    goes on from step `done` starts with it: it deletes the lines of later steps, and the held-out
+    line of step `done` if that is measured again."""
 
     def __init__(self, output_dir: Path, done: int, measured_again: bool):
-        for path in output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
         file = output_dir / "metrics.jsonl"
         file.touch()
         lines = file.read_text(errors="replace").splitlines()
@@ -807,8 +813,8 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # of each step since the last line
 
 
-def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
-    """Check and load everything; writes nothing but the lock of output_dir, which stack holds.
+def set_up(args: Args, stack: ExitStack) -> Run:
+    """Check and load everything. Writes nothing; stack holds output_dir.
     Raises ValueError, OSError, RuntimeError: names a flag, file or row that cannot be used."""
     base, training, folder = args.pretrained_model_name_or_path, args.training, args.output_dir
     weights, _ = find_weights(args.transformer)
@@ -825,13 +831,13 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     if visible(folder) and not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"--output_dir {folder} is not empty and holds no run: no metrics.jsonl")
     if rank == 0 and not args.job.dry_run:
-        stack.enter_context(locked(folder))  # from here on no other run adds a checkpoint
+        hold(folder, stack)  # from here on no other run adds a checkpoint
     checkpoint = newest_checkpoint(folder, cpu_group)
     state = {"step": 0, "sums": zero_sums(device).tolist()}
     if checkpoint is not None:
         weights, state = find_weights(str(checkpoint))
-        # settings has no "data" yet: the saved value stands in. All are compared again below.
-        check_same(state["settings"], state["settings"] | settings, folder)
+        # Now but for the data, before all rows are read; below with them.
+        check_same(state["settings"], settings | {"data": state["settings"]["data"]}, folder)
     if state["step"] > training.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {training.max_train_steps}")
     pairs_said = pairs.check(cpu_group, global_batch)
@@ -850,12 +856,12 @@ def set_up(args: Args, stack: contextlib.ExitStack) -> Run:
     uncond = encode_prompts(pipe, [""] * training.train_batch_size, training.max_sequence_length)
     side = args.data.resolution // pipe.vae_scale_factor
     dist.barrier(cpu_group)  # DDP is the first to use nccl, which would not wait for a slow disk
-    totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)
     return Run(
         rank=rank, world_size=world_size, device=device, cpu_group=cpu_group, pairs=pairs,
         held_out=held_out, pairs_said=pairs_said, global_batch=global_batch, settings=settings,
-        step=state["step"], totals=totals, pipe=pipe, transformer=transformer,
-        ddp=make_ddp(transformer), optimizer=optimizer, uncond=uncond,
+        step=state["step"], pipe=pipe, transformer=transformer, ddp=make_ddp(transformer),
+        optimizer=optimizer, uncond=uncond,
+        totals=torch.tensor(state["sums"], dtype=torch.float64, device=device),
         lr_factor=make_lr_factor(training, optimizer),
         latent_shape=(transformer.config.in_channels, side, side),
     )  # fmt: skip
@@ -891,12 +897,11 @@ def report(args: Args, run: Run) -> None:
     training, folder, steps = args.training, args.output_dir, args.training.max_train_steps
     length, captions = training.max_sequence_length, run.pairs.captions()
     cut = count_cut(run.pipe, captions, length)
-    split = f"{training.gradient_accumulation_steps} x {training.train_batch_size}"
     size = sum(x.numel() for x in trained(run.transformer).values())
     each = 12.5 * size / 1e9  # GB: a weight and two moments in float32, and some for buffers
     every, limit = args.job.checkpointing_steps, args.job.checkpoints_total_limit
     to_come = sum(step > run.step for step in (*range(every, steps, every), steps))
-    if limit:  # at most limit + 1 at once, as the oldest goes when a new one is whole
+    if limit:  # the oldest goes when a new one is whole, so limit + 1 at once; some may be there
         to_come = min(to_come, max(limit + 1 - len(checkpoints(folder)), 1))
     needed = each * to_come
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -907,7 +912,8 @@ def report(args: Args, run: Run) -> None:
 trained      {size / 1e6:,.1f} M parameters
 pairs        {run.pairs_said}
 captions     {cut} of {len(captions)} are cut at {length} tokens; {len(set(captions))} are different
-global batch {run.global_batch} = {run.world_size} processes x {split}
+global batch {run.global_batch} = {run.world_size} processes \
+x {training.gradient_accumulation_steps} x {training.train_batch_size}
 steps        {steps}, {run.step} done; {len(captions) // run.global_batch} an epoch
 written to   {folder}: {each:.2f} GB a checkpoint, {needed:.2f} GB to come; {free:.2f} GB free""",
         flush=True,
@@ -982,12 +988,13 @@ def backward(terms: Iterator[Term], num_terms: int, ddp, sums: Tensor, last: boo
     to sums. last: no batch of the step follows, so gradients are averaged over the ranks."""
     # autocast drops its bf16 copies of the weights when its outermost block ends. This one changes
     # no dtype (velocity's does); it is here to be the outermost, so that the copies last for all
-    # terms. A copy made under no_grad, as in the rollout, would be used again without a gradient:
+    # terms. Each term can go backward through them, as a cast saves no tensor that the first would
+    # free. A copy made under no_grad, as in the rollout, would be used again without a gradient:
     # soar_terms yields the base term first, so none is.
     with torch.autocast(sums.device.type, enabled=False):
         for i in range(num_terms):
             average = last and i == num_terms - 1
-            with contextlib.nullcontext() if average else ddp.no_sync():
+            with nullcontext() if average else ddp.no_sync():
                 term = next(terms)  # the forward, which no_sync must hold as well
                 term.loss.backward()
             add_term(sums, term, auxiliary=i > 0)
@@ -1022,8 +1029,8 @@ def held_out_errors(args: Args, run: Run, velocity: Velocity) -> dict[str, float
     function of (seed, its row), and stays the same."""
     pairs, training = run.held_out, args.training
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=run.device)
-    # Shares in one piece, where check()'s were every n-th row: most rows are then read by a rank
-    # that did not digest them, and Pairs.load raises if two nodes' data differ.
+    # So that nodes with other data are found, most rows are read by a rank that did not digest
+    # them: shares are in one piece, where those of check() were every n-th row.
     own = torch.arange(len(pairs)).tensor_split(run.world_size)[run.rank]
     for part in own.split(training.train_batch_size):
         indices = part.tolist()
@@ -1050,9 +1057,9 @@ def save(args: Args, run: Run) -> None:
     dist.barrier(run.cpu_group)
 
 
-def train(args: Args, stack: contextlib.ExitStack) -> None:
+def train(args: Args, stack: ExitStack) -> None:
     """A run from its checks to its last checkpoint, or to one that a signal asks for. stack closes
-    the log and the lock, also after an error."""
+    TensorBoard's files and the lock, also after an error."""
     training, job, steps = args.training, args.job, args.training.max_train_steps
     prompts = read_prompts(job.validation_prompts) if job.validation_prompts else []
     run = set_up(args, stack)
@@ -1078,7 +1085,7 @@ def train(args: Args, stack: contextlib.ExitStack) -> None:
     noted = note_signals()
     log = None
     if run.rank == 0:
-        # The loop begins with the validation of this step if it is due, also after a resume.
+        # The loop begins with this step's validation if that is due, so a resumed run repeats it.
         measured_again = run.held_out is not None and validation_due()
         log = Log(args.output_dir, run.step, measured_again)
         stack.callback(log.writer.close)
@@ -1133,7 +1140,7 @@ def metrics_line(run: Run) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         train(args, stack)
     # Only now that train has returned and DDP is freed. If DDP held the last reference to the
     # group, its destructor would join gloo's threads while it holds Python's lock (GIL), which they

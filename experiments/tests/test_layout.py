@@ -94,15 +94,6 @@ def test_the_files_at_the_top_are_the_four():
     assert [path.name for path in FILES] == ["sample.py", "soar.py", "test_soar.py", "train.py"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_at_the_top_is_easy_to_read(path: Path):
-    source = path.read_text()
-    assert nodes_per_line(source) <= NODES_PER_LINE
-    assert max(map(len, source.splitlines())) <= COLUMNS
-    for name, length in function_lengths(source).items():
-        assert length <= LONGER.get((path.name, name), FUNCTION_LINES), name
-
-
 @pytest.mark.parametrize("name, most", [("train.py", 5200), ("sample.py", 3700)])
 def test_the_trainer_and_the_sampler_stay_small(name, most):
     tree = ast.parse((ROOT / name).read_text())
@@ -127,14 +118,14 @@ def test_experiments_and_tests_stay_small():
         assert lines_in([path]) < 700, path.name
 
 
-@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_of_experiments_is_easy_to_read(path: Path):
+@pytest.mark.parametrize("path", [*FILES, *MODULES, *TESTS], ids=str)
+def test_a_file_is_easy_to_read(path: Path):
     source = path.read_text()
     assert max(map(len, source.splitlines()), default=0) <= COLUMNS
     if source:
         assert nodes_per_line(source) <= NODES_PER_LINE
-    if path in MODULES:
-        assert max(function_lengths(source).values(), default=0) <= FUNCTION_LINES
+    for name, length in function_lengths(source).items() if path not in TESTS else ():
+        assert length <= LONGER.get((path.name, name), FUNCTION_LINES), name
 
 
 @pytest.mark.parametrize("room", ROOMS)

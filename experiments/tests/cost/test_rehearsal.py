@@ -1,24 +1,19 @@
-"""What eight GPUs run, as far as a CPU can show it: the rehearsal in little, and one of eight ranks
-under torch's fake process group."""
+"""What GPUs run, as far as a CPU can show it: the rehearsal in little, products in bf16, and how a
+rank takes its GPU."""
 
-import contextlib
 import os
 import re
 import runpy
 import sys
-from functools import partial
 
-import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
-import train
 from experiments.cost import bf16_products, rehearsal
-from experiments.tests.common import copy_pairs, fork, train_args
+from experiments.tests.common import fork
 
 
 def test_rehearsal_in_little_keeps_its_promises_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -89,59 +84,6 @@ def test_bf16_products_are_made_in_float32_and_are_torchs_own_to_their_rounding(
         assert x.dtype == torch.bfloat16
         error = (x.float() - y.float()).abs().max()
         assert error <= 0.03 * y.float().abs().max(), error
-
-
-def send(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's hook: the fake group's own answer to a bucket is none that DDP takes."""
-    dist.all_reduce(bucket.buffer())
-    done = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
-
-
-def test_each_gradient_is_sent_once_a_step(tmp_path, monkeypatch):
-    """By one of eight ranks of a fake group, in the second of two accumulated backwards."""
-    sent = {"backward": [], "training_step": [], "greatest": []}
-    sizes, make_ddp = [], train.make_ddp
-
-    def hooked(transformer: torch.nn.Module):
-        ddp = make_ddp(transformer)
-        ddp.register_comm_hook(None, send)
-        sizes.append(sum(x.nbytes for x in train.trained(transformer).values()))
-        return ddp
-
-    def check(pairs: train.Pairs, hosts, least: int) -> str:  # no other rank brings its share
-        pairs.digests = [pairs.inspect(row)[0] for row in pairs.rows]
-        return ""
-
-    def noted(name: str, original, *args, **options) -> int:
-        with Seen() as seen:
-            original(*args, **options)
-        calls = [(f._opname, x[0][1]) for f, x in seen.calls if f.namespace == "c10d"]
-        sent[name].append(calls)
-        if len(sent["greatest"]) == 2:  # of the newest checkpoint's step, then of signals
-            raise InterruptedError  # enough
-        return 0
-
-    monkeypatch.setattr(dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(train, "init_distributed", lambda: (0, 8, torch.device("cpu")))
-    monkeypatch.setattr(train, "make_ddp", hooked)
-    monkeypatch.setattr(train.Pairs, "check", check)
-    for name in sent:
-        monkeypatch.setattr(train, name, partial(noted, name, getattr(train, name)))
-    flags = {"gradient_accumulation_steps": 2, "num_aux_points": 1, "train_batch_size": 1}
-    pairs = copy_pairs(range(20), tmp_path / "pairs.parquet")
-    args = train_args(dataset=pairs, output_dir=tmp_path / "run", **flags)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    with pytest.raises(InterruptedError), contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
-        train.train(args, stack)
-    first, last = sent["backward"]
-    assert first == [] and {name for name, _ in last} == {"allreduce_"}
-    assert [sum(size for _, size in last)] == sizes
-    normalizer, sums = ("allreduce_", 4), ("allreduce_", len(train.METRICS) * 2 * 8)
-    assert sent["training_step"] == [[normalizer, *last, sums]]
-    assert sent["greatest"] == 2 * [[("allreduce_", 8)]]
 
 
 def test_each_rank_takes_the_gpu_of_its_local_rank_and_nccl(monkeypatch):

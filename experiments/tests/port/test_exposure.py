@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from experiments.port.exposure import errors_of, exposure
-from experiments.theory.optimum import exact_flow
 from soar import SoarConfig, draw, sigma_from_t
 
 
@@ -57,21 +56,3 @@ def test_the_shift_grows_as_the_guidance_squared_and_gives_the_verdict():
         assert f"A short run of SOAR {verdict}" in str(found)
         shifts[w] = shift
     assert shifts[6] == pytest.approx(9 * shifts[2], rel=1e-2)
-
-
-@pytest.mark.parametrize("data_std, share", [(0.2, 0.24), (1.0, 0.005)])
-def test_the_exact_flow_has_a_share_as_well(data_std, share):
-    """So that it is no fault of the model."""
-    generator = torch.Generator().manual_seed(0)
-    c, n = torch.randn(2, 100_000, 1, generator=generator)
-    flow = exact_flow(data_std)
-
-    def velocity(z, sigma, prompt):
-        here = flow if prompt else flow.uncond
-        a, b = here(sigma.double())
-        return (a[:, None] * z + b[:, None] * c).float()
-
-    z0 = c + data_std * n
-    found = exposure(velocity, z0, {"c": c}, {}, generator=generator, repeats=1)
-    assert found.share == pytest.approx(share, rel=0.1)
-    assert found.errors["off"].mean() > found.errors["on"].mean()

@@ -265,9 +265,9 @@ class ZImage(Script):
 SCRIPTS = (SD3, Flux, Flux2, Qwen, ZImage)
 
 
-def ratio_of(cls, capsys, text=None, dtype=torch.float32, **args):
+def ratio_of(cls, capsys, dtype=torch.float32, **args):
     """What the self-test prints: SOAR at lambda 0 over the script's loss."""
-    cls(dtype).main(text or cls.edited(self_test=True), **args)
+    cls(dtype).main(cls.edited(self_test=True), **args)
     return float(re.search(r"ratio ([\d.]+)$", capsys.readouterr().out, re.M)[1])
 
 
@@ -279,21 +279,6 @@ def test_self_test_finds_the_scripts_loss_to_1e_6_and_in_bf16_is_near(cls, capsy
             ratio = ratio_of(cls, capsys, precondition_outputs=precondition, **args)
             assert abs(ratio - 1) < 2e-6, args
     assert abs(ratio_of(cls, capsys, dtype=torch.bfloat16) - 1) < 0.02
-
-
-@pytest.mark.parametrize("cls, old, new", [
-    (SD3, "timestep=1000 * sigma", "timestep=sigma"),
-    (SD3, ": pooled_prompt_embeds", ": torch.zeros(2, 8)"),
-    (Flux, "timestep=sigma", "timestep=1000 * sigma"),
-    (Flux, "(len(z0),), args.guidance_scale", "(len(z0),), 3.5"),
-    (Flux2, "(len(z0),), args.guidance_scale", "(len(z0),), 4.0"),
-    (Qwen, '_hidden_states_mask": cond[1]', '_hidden_states_mask": None'),
-    (ZImage, "return -torch", "return torch"),
-])  # fmt: skip
-def test_self_test_notices_a_mistake(cls, old, new, capsys):
-    text = cls.edited(self_test=True)
-    assert text.count(old) == 1
-    assert abs(ratio_of(cls, capsys, text.replace(old, new)) - 1) > 1e-5
 
 
 @pytest.mark.parametrize("cls", SCRIPTS)

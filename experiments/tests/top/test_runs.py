@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -206,16 +206,19 @@ def test_room_is_counted_by_the_checkpoints_to_come(runs, capsys):
     assert "0.04 GB a checkpoint, 0.11 GB to come" in capsys.readouterr().out
 
 
-def test_output_dir_is_locked_before_its_newest_checkpoint_is_chosen(tmp_path, monkeypatch):
-    locks, newest = [], train.newest_checkpoint
+def test_output_dir_is_locked_and_tidy_before_its_newest_checkpoint_is_chosen(
+    tmp_path, monkeypatch
+):
+    found, newest = [], train.newest_checkpoint
 
     def choose(folder, cpu_group):
-        locks.append((folder / ".lock").is_file())
+        found.append([path.name for path in folder.iterdir()])
         return newest(folder, cpu_group)
 
     monkeypatch.setattr(train, "newest_checkpoint", choose)
+    (tmp_path / "run/.checkpoint-000001").mkdir(parents=True)  # takes room that is counted later
     run(tmp_path / "run", max_train_steps=1)
-    assert locks == [True]
+    assert found == [[".lock"]]
 
 
 def test_dry_run_of_a_finished_run_says_so_and_changes_nothing(runs, capsys):
@@ -291,12 +294,11 @@ def test_soar_starts_from_the_weights_of_sft(runs, tmp_path, monkeypatch):
 
 
 def test_lora_file_that_says_inference_mode_is_trained(lora, tmp_path):
-    settings = {"r": 4, "lora_alpha": 4, "target_modules": list(train.LORA_MODULES)}
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": train.LORA_MODULES}
     settings = {f"transformer.{x}": y for x, y in (settings | {"inference_mode": True}).items()}
     tensors = load_file(last(lora / "whole") / sample.LORA)
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
-    save_file(tensors, tmp_path / "lora.safetensors", metadata=metadata)
-    flags = {"transformer": tmp_path / "lora.safetensors", "lora_rank": 4, "learning_rate": 1e-2}
+    file = write(tensors, tmp_path / "lora.safetensors", json.dumps(settings))
+    flags = {"transformer": file, "lora_rank": 4, "learning_rate": 1e-2}
     run(tmp_path / "run", max_train_steps=1, **flags)
     after = load_file(last(tmp_path / "run") / sample.LORA)
     assert any(not torch.equal(x, tensors[name]) for name, x in after.items())

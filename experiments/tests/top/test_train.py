@@ -12,7 +12,6 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import datasets
 import numpy as np
@@ -248,7 +247,7 @@ def test_step_runs_eight_forwards_one_graph_at_a_time(tmp_path, monkeypatch, set
     calls, places, forward = [], set(), DistributedDataParallel.forward
 
     def watched(self, z, **cond):
-        assert len(z) == 2 and z.dtype == torch.float32
+        assert len(z) == 2 and z.dtype == torch.float32 and not self.broadcast_buffers
         gradients = [x.grad for x in self.parameters() if x.grad is not None]
         fresh = not any(x.any() for x in gradients)
         calls.append((torch.is_grad_enabled(), self.require_backward_grad_sync, fresh))
@@ -322,17 +321,6 @@ def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
     casts.clear()
     run(tmp_path / "two", **flags)
     assert once > 0 and len(casts) == once
-
-
-def test_line_of_metrics_has_the_speed_of_the_steps_since_the_last(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
-    sums = torch.ones(len(train.METRICS), 2, dtype=torch.float64)
-    state = SimpleNamespace(step=9, totals=sums, seconds=[1.0, 2.0], device=torch.device("cuda"))
-    state.optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
-    line = train.metrics_line(state)
-    assert (line["step_seconds"], line["peak_memory_gb"]) == (1.5, 5.0)
-    assert (line["step"], line["lr"], line["loss"]) == (9, 0.5, 1.0)
-    assert state.seconds == [] and not sums.any()
 
 
 READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
@@ -495,7 +483,8 @@ def test_validation_draws_before_the_first_step_and_later_from_the_same_noise(ru
     assert (drawn[0] != drawn[1]).any()
 
 
-def test_metrics_are_means_over_steps_terms_and_quarters_of_sigma():
+def test_metrics_are_means_over_steps_terms_and_quarters_of_sigma(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
     sums, one = train.zero_sums(torch.device("cpu")), torch.ones(())
     errors, sigma = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.3, 1.0])
     everyone = torch.ones(3, dtype=torch.bool)
@@ -505,12 +494,14 @@ def test_metrics_are_means_over_steps_terms_and_quarters_of_sigma():
     train.add_term(sums, Term(2 * one, errors, sigma, counts), auxiliary=True)
     sums[train.METRICS.index("loss"), 1] = 2
     sums[train.METRICS.index("grad_norm")] = torch.tensor([5.0, 2.0])
-    run = SimpleNamespace(totals=sums, step=0, seconds=[0.0], optimizer=MagicMock())
-    line = train.metrics_line(run)
-    assert {name: line[name] for name in train.METRICS if name in line} == {
-        "loss": 1.5, "base": pytest.approx(7 / 3), "base_sigma_1": 1, "base_sigma_2": 2,
-        "base_sigma_4": 4, "aux": 6, "aux_sigma_4": 6, "grad_norm": 2.5,
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    run = SimpleNamespace(totals=sums, step=9, seconds=[1.0, 2.0], optimizer=optimizer)
+    assert train.metrics_line(run) == {
+        "step": 9, "loss": 1.5, "base": pytest.approx(7 / 3), "base_sigma_1": 1,
+        "base_sigma_2": 2, "base_sigma_4": 4, "aux": 6, "aux_sigma_4": 6, "grad_norm": 2.5,
+        "lr": 0.5, "step_seconds": 1.5, "peak_memory_gb": 5.0,
     }  # fmt: skip
+    assert run.seconds == [] and not sums.any()
 
 
 def test_lines_are_means_over_the_steps_since_the_last_and_validation_changes_nothing(runs):
