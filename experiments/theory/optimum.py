@@ -172,14 +172,13 @@ class Problem:
 
     config: SoarConfig
     flow: LinearVelocity
-    mislabelled: bool
     sigma_aux: Tensor  # (L,)
     base: Tensor  # (L, 1) weight
     paths: tuple[tuple[str, Tensor], ...]  # kind of step, weights (L, Q)
     t: Tensor  # (L, Q)
 
 
-def make_problem(config, flow: LinearVelocity, mislabelled, levels, nodes) -> Problem:
+def make_problem(config: SoarConfig, flow: LinearVelocity, levels: int, nodes: int) -> Problem:
     lowest = math.log(config.shift) + math.log(config.t_min / (1 - config.t_min))
     middle, few = max(lowest + 1, 4.0), levels // 8  # near noise little changes
     logits = torch.cat([
@@ -191,7 +190,7 @@ def make_problem(config, flow: LinearVelocity, mislabelled, levels, nodes) -> Pr
     largest = torch.cat(logs, 1).max(1, keepdim=True).values
     base, ode, stochastic = ((x - largest).exp() for x in logs)
     paths = [("ode", ode), (config.sde_type, stochastic)][: config.num_rollout_paths]
-    return Problem(config, flow, mislabelled, sigma_aux, base, tuple(paths), t)
+    return Problem(config, flow, sigma_aux, base, tuple(paths), t)
 
 
 def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
@@ -210,11 +209,6 @@ def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
     sigma, sigma_next = (sigma_from_t(x, config.shift) for x in (t, t_next))
     sigma_aux = problem.sigma_aux[:, None].expand(shape).flatten()
-    state_level = sigma_aux
-    if problem.mislabelled:
-        sigma_upper = (config.sigma_upper_ratio * sigma).clamp(max=1)
-        alpha = (sigma_aux - sigma_next) / (sigma_upper - sigma_next)
-        state_level = sigma_next + alpha.nan_to_num(0.0).clamp(0, 1) * (1 - sigma_next)
 
     levels = slice(len(problem.sigma_aux))
     ideal = interpolate(z0[levels], z1[levels], problem.sigma_aux)
@@ -225,7 +219,7 @@ def regress(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     for kind, weight in problem.paths:
         options |= {"kind": kind, "noise": None if kind == "ode" else path_noise}
         z_hat = rollout_step(z, v, sigma, sigma_next, **options)
-        z_aux = renoise(z_hat, z1 if config.shared_noise else path_z1, sigma_next, state_level)
+        z_aux = renoise(z_hat, z1 if config.shared_noise else path_z1, sigma_next, sigma_aux)
         terms = products(z_aux, correction_target(z_aux, z0, sigma_aux))
         moments = moments + (weight[..., None] * terms.view(*shape, 5)).sum(1)
 
@@ -261,13 +255,13 @@ def jacobian(best: Tensor, a: Tensor, b: Tensor, index: Tensor, weight: Tensor) 
 
 
 def solve(
-    config: SoarConfig, flow: LinearVelocity, mislabelled: bool = False,
-    levels: int = 250, nodes: int = 24, iterations: int = 100, tolerance: float = 1e-6,
+    config: SoarConfig, flow: LinearVelocity, levels: int = 250, nodes: int = 24,
+    iterations: int = 100, tolerance: float = 1e-6,
 ) -> LinearVelocity:
     """SOAR's optimum: where training from the exact flow, at an equal rate for all levels, comes to
     rest. That path is followed by implicit steps, each twice as long as the last, so that it ends
     in Newton's. Raises ValueError: it does not come to rest."""
-    problem = make_problem(config, flow, mislabelled, levels, nodes)
+    problem = make_problem(config, flow, levels, nodes)
     logits = torch.logit(problem.sigma_aux)
     exact = torch.stack(flow(problem.sigma_aux), -1)
     sigma = sigma_from_t(problem.t, config.shift)
@@ -294,17 +288,14 @@ def solve(
 
 
 def optimum(
-    config: SoarConfig, data_std: float, conditional: bool = True, mislabelled: bool = False,
-    caption_dropout: bool = False,
-) -> LinearVelocity:  # fmt: skip
+    config: SoarConfig, data_std: float, conditional: bool = True, caption_dropout: bool = False
+) -> LinearVelocity:
     """What SOAR converges to.
-    mislabelled, the mistake of a port: the state stands (sigma_aux - sigma_next) / (sigma_upper -
-    sigma_next) of the way to z1, but its level is said to be sigma_aux.
     caption_dropout, at any rate: then the velocity without a prompt is trained too, by SOAR."""
     flow = exact_flow(data_std, conditional)
     if caption_dropout:  # of dropped samples, all unguided
-        flow = replace(flow, uncond=solve(config, flow.uncond, mislabelled))
-    return solve(config, flow, mislabelled)
+        flow = replace(flow, uncond=solve(config, flow.uncond))
+    return solve(config, flow)
 
 
 SWEEP = {  # label: what differs from the published settings
@@ -324,14 +315,7 @@ SWEEP = {  # label: what differs from the published settings
     "fresh z1": {"shared_noise": False},
     "t_min = 1 / 40": {"t_min": 0.025},
     "caption dropout": {"caption_dropout": True},
-    "mislabelled, ratio 1.5": {"mislabelled": True, "sigma_upper_ratio": 1.5},
-    "mislabelled, ratio 1.5, w = 1": {
-        "mislabelled": True, "sigma_upper_ratio": 1.5, "guidance_scale": 1.0,
-    },
-    "mislabelled, ratio 1, lambda = 0.1": {
-        "mislabelled": True, "sigma_upper_ratio": 1.0, "lambda_aux": 0.1,
-    },
-}  # fmt: skip
+}
 COLUMNS = ("std at 1", "gain at 1", "std at 4.5", "gain at 4.5")
 
 
@@ -343,8 +327,10 @@ def values(velocity: LinearVelocity, shift: float = 3.0) -> list[float]:
 
 def swept(label: str, data_std: float) -> list[float]:
     settings = dict(SWEEP[label])
-    world = {x: settings.pop(x, False) for x in ("mislabelled", "caption_dropout")}
-    return values(optimum(SoarConfig(**settings), data_std, **world))
+    dropout = settings.pop("caption_dropout", False)
+    config = SoarConfig(**settings)
+    best = optimum(config, data_std, caption_dropout=dropout)
+    return values(best)
 
 
 def table(made: dict) -> str:
@@ -389,7 +375,8 @@ def predicted(noises: list[float], guidance: float) -> Tensor:
     latents of all noises finds them. c is the mean latent. Unguided there is no prompt: at low
     levels a state tells its mean without one."""
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    slopes, weights = [], []
+    slopes = []
+    weights = []
     for noise in noises:
         guided = guidance != 1
         best = optimum(SoarConfig(guidance_scale=guidance), noise, guided)

@@ -9,7 +9,7 @@ import torch
 from experiments.theory import geometry, optimum
 from experiments.theory.optimum import LEVELS, Args, exact_flow, sampled, solve, table
 from sample import seeded
-from soar import SoarConfig, draw, interpolate, rollout_step, sigma_from_t, soar_terms
+from soar import SoarConfig, draw, sigma_from_t, soar_terms
 
 RESULTS = Path(__file__).parents[2] / "theory/results"
 BINS = 6
@@ -41,35 +41,14 @@ def callable_of(linear, tilt=None):
     return velocity
 
 
-def port_loss(velocity, config, z0, draws, cond, uncond):
-    """The loss of a port that interpolates by u to z1, but says that this is level sigma_aux."""
-    z1, t, u = (x.double() for x in draws[:3])
-    t_next = (t - 1 / config.num_sampling_steps).clamp(min=config.t_min)
-    sigma, sigma_next = sigma_from_t(t), sigma_from_t(t_next)
-    z = interpolate(z0, z1, sigma)
-    total = ((velocity(z, sigma, cond) - (z1 - z0)) ** 2).sum()
-    v, v_uncond = (velocity(z, sigma, x).detach() for x in (cond, uncond))
-    v = v_uncond + config.guidance_scale * (v - v_uncond)
-    z_hat = rollout_step(z, v, sigma, sigma_next)
-    for weight in u[0]:
-        label = sigma_next + weight * ((config.sigma_upper_ratio * sigma).clamp(max=1) - sigma_next)
-        z_aux = torch.lerp(z_hat, z1, weight[:, None])
-        error = velocity(z_aux, label, cond) - (z_aux - z0) / label[:, None]
-        total = total + config.lambda_aux * (error**2).sum()
-    return total / len(z0)
-
-
-def score(linear, config, data_std, mislabelled):
+def score(linear, config, data_std):
     """The greatest, of any bin's a or b, of the loss's mean gradient over its standard error."""
     gradients = []
     for repeat in range(60):
         tilt = torch.zeros(2, BINS, dtype=torch.float64, requires_grad=True)
         inputs = batch(config, data_std, 4000, seeded("optimum", repeat))
-        velocity = callable_of(linear, tilt)
-        if mislabelled:
-            value = port_loss(velocity, config, *inputs)
-        else:
-            value = sum(term.loss for term in soar_terms(velocity, *inputs, config))
+        terms = soar_terms(callable_of(linear, tilt), *inputs, config)
+        value = sum(term.loss for term in terms)
         gradients.append(torch.autograd.grad(value, tilt)[0].flatten())
     gradients = torch.stack(gradients)
     errors = gradients.std(0) / 60**0.5 + 1e-30
@@ -101,23 +80,18 @@ def test_average_target_at_the_exact_flow_is_the_velocity_of_the_level_before(t,
     assert found[0] < 4 and found[1] > 10
 
 
-@pytest.mark.parametrize("mislabelled, data_std, settings", [
-    (False, 0.5, {}),
-    (False, 0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
-    (False, 1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2}),
-    (False, 1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False,
-                  "num_aux_points": 2}),
-    (False, 0.5, {"num_rollout_paths": 3, "num_sampling_steps": 8, "guidance_scale": 1.5,
-                  "t_min": 0.02, "num_aux_points": 2, "logit_mean": -3.0}),
-    (True, 0.5, {"sigma_upper_ratio": 1.5, "guidance_scale": 1.5, "num_aux_points": 2}),
+@pytest.mark.parametrize("data_std, settings", [
+    (0.5, {}),
+    (0.2, {"guidance_scale": 1.0, "num_sampling_steps": 20}),
+    (1.0, {"guidance_scale": 7.0, "lambda_aux": 0.3, "sigma_upper_ratio": 1.5, "shift": 2}),
+    (1.0, {"num_rollout_paths": 2, "sde_type": "cps", "shared_noise": False, "num_aux_points": 2}),
+    (0.5, {"num_rollout_paths": 3, "num_sampling_steps": 8, "guidance_scale": 1.5, "t_min": 0.02,
+           "num_aux_points": 2, "logit_mean": -3.0}),
 ])  # fmt: skip
-def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(
-    data_std, settings, mislabelled
-):
+def test_gradient_vanishes_at_the_fixed_point_and_not_at_the_exact_flow(data_std, settings):
     config, flow = SoarConfig(**settings), exact_flow(data_std)
-    best = solve(config, flow, mislabelled)
-    assert score(best, config, data_std, mislabelled) < 4.5
-    assert score(flow, config, data_std, mislabelled) > 6
+    assert score(solve(config, flow), config, data_std) < 4.5
+    assert score(flow, config, data_std) > 6
 
 
 def test_guided_samples_start_from_the_marginal_over_prompts():
@@ -153,19 +127,16 @@ def test_fixed_point_is_the_exact_flow_at_the_limits(conditional):
         assert sampled(solve(SoarConfig(**settings), flow), 200, 4.5) == expected
 
 
-@pytest.mark.parametrize("data_std, settings, mislabelled, tolerance", [
-    (0.2, {"num_sampling_steps": 20}, False, 0.001),
-    (0.2, {"sigma_upper_ratio": 1.0}, False, 0.001),
-    (0.5, {"num_rollout_paths": 2}, False, 0.001),
-    (0.5, {"sigma_upper_ratio": 1.5}, True, 0.003),
+@pytest.mark.parametrize("data_std, settings", [
+    (0.2, {"num_sampling_steps": 20}), (0.2, {"sigma_upper_ratio": 1.0}),
+    (0.5, {"num_rollout_paths": 2}),
 ])  # fmt: skip
-def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings, mislabelled, tolerance):
+def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings):
     config, flow = SoarConfig(**settings), exact_flow(data_std)
-    coarse = solve(config, flow, mislabelled)
-    fine = solve(config, flow, mislabelled, levels=500, nodes=48)
+    coarse, fine = solve(config, flow), solve(config, flow, levels=500, nodes=48)
     for guidance in (1.0, 4.5):
         expected = sampled(fine, 200, guidance)
-        assert sampled(coarse, 200, guidance) == pytest.approx(expected, abs=tolerance)
+        assert sampled(coarse, 200, guidance) == pytest.approx(expected, abs=0.001)
 
 
 def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsys):
@@ -194,7 +165,7 @@ def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsy
     made = json.loads((RESULTS / "optimum.json").read_text())
     assert table(made) in (RESULTS.parent / "optimum.md").read_text()
     assert list(made) == ["exact flow", *optimum.SWEEP]
-    for label in (next(iter(optimum.SWEEP)), "caption dropout", "mislabelled, ratio 1.5"):
+    for label in (next(iter(optimum.SWEEP)), "caption dropout"):
         found = optimum.swept(label, optimum.DATA_STDS[2])
         assert found == pytest.approx(made[label][2], abs=1e-5)
     optimum.main(Args(SoarConfig(num_sampling_steps=100)))

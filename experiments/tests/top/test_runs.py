@@ -88,12 +88,14 @@ def test_only_the_newest_checkpoints_are_kept_where_a_limit_is_given(tmp_path, m
     assert list((tmp_path / "run").glob(".checkpoint*")) == []
 
 
-def test_run_with_other_settings_is_refused_by_their_names(runs, tmp_path):
+def test_run_with_other_settings_is_refused_by_their_names(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "1x4", tmp_path / "run", symlinks=True)
     bad = {"seed": 7, "lambda_aux": 0.5, "train_batch_size": 8, "sigma_upper_ratio": 2.0}
     said = ("seed was 42, is 7", "lambda_aux was 1.0, is 0.5", "global_batch was 4, is 8")
     said += ("sigma_upper_ratio was inf, is 2.0",)
-    refused(tmp_path / "run", *said, **bad, max_train_steps=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Pairs, "check", lambda *_: pytest.fail("rows were read"))
+        refused(tmp_path / "run", *said, **bad, max_train_steps=6)
     refused(tmp_path / "run", "data was ", min={"aesthetic": 6}, train_batch_size=4)
     same = {"train_batch_size": 4, "max_train_steps": 6}
     words = ("max_train_steps was None, is 6", "lr_scheduler was constant, is cosine")

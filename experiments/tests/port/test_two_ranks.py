@@ -11,19 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import soar
-from experiments.port.run_recipes import HERE, blocks
+from experiments.port.run_hooks import randn
+from experiments.port.run_recipes import HERE, PAGE
 from experiments.tests.top.training import ends
 
 BATCH = 4
-PAGE = blocks((HERE / "recipes.md").read_text())
 
 
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def randn(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Net(torch.nn.Module):
