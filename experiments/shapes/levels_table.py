@@ -34,7 +34,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLORS = {"sft": "#d95f02", "sft_7_3": "#e6ab02", "soar_n1_l6": "#1b6ca8", "n1_still": "#2a9d5c"}
 COMPARED = [("soar_n1_l6", "n1_still"), ("soar_n1_l6", "sft"), ("soar", "soar_k1e6")]
 ENDS = {f"{law}, guidance {w:g}": (law, w) for w in GUIDANCES for law in LAWS}
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the latents' noise, as the transformer sees it
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> list[tuple[float, float, bool]]:
@@ -224,9 +223,6 @@ def figure(arms: dict, path: Path) -> None:
 def save(folder: Path) -> None:
     """levels.json, levels.md and levels.png, of all runs."""
     result = collect(folder)
-    world, _ = levels.shared(folder)
-    scale = world.pipe.vae.config.scaling_factor
-    result["latent_noises"] = (scale * np.quantile(world.std.numpy(), QUANTILES)).tolist()
     result["slopes"] = measured_slopes(folder)
     result["differences"] = differences(result["groups"][FIRST], result["slopes"])
     for arms in result["groups"].values():

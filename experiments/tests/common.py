@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from experiments.shapes.draw import DATA, MAX_SEQUENCE_LENGTH, PAIRS, read_pairs
@@ -132,6 +133,18 @@ def fork(count: int, action: Callable[[], None], log: Path) -> list[multiprocess
     finally:
         gc.unfreeze()
     return ranks
+
+
+class Watch(TorchDispatchMode):
+    """Shows the operations of torch to see(function, args)."""
+
+    def __init__(self, see: Callable):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.see(function, args)
+        return function(*args, **(kwargs or {}))
 
 
 def copy_pairs(rows: range, path: Path) -> Path:

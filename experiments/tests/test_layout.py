@@ -111,9 +111,10 @@ def lines_in(paths: list[Path]) -> int:
     return sum(path.read_text().count("\n") for path in paths)
 
 
-def test_experiments_and_tests_stay_small():
+def test_the_readme_experiments_and_tests_stay_small():
+    assert lines_in([ROOT / "README.md"]) <= 160
     assert lines_in(MODULES) <= 6800
-    assert lines_in([*TESTS, ROOT / "test_soar.py"]) <= 7700
+    assert lines_in([*TESTS, ROOT / "test_soar.py"]) <= 7500
     for path in TESTS:
         assert lines_in([path]) < 700, path.name
 

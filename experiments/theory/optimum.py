@@ -3,7 +3,6 @@
     python -m experiments.theory.optimum                 # the published setting
     python -m experiments.theory.optimum --num_sampling_steps 20 --guidance_scale 1
     python -m experiments.theory.optimum --sweep experiments/theory/results   # tables and figure
-    python -m experiments.theory.optimum --levels experiments/shapes/results/levels.json
 
 The world: a prompt c ~ N(0, 1) and z0 = c + data_std n. The empty prompt is the marginal over c,
 N(0, 1 + data_std^2), with its exact velocity a(sigma) z: without caption dropout nothing trains it.
@@ -51,8 +50,6 @@ class Args:
     soar: Annotated[SoarConfig, tyro.conf.arg(name="")] = field(default_factory=SoarConfig)
     sweep: Path | None = None
     """Solve all settings of the page instead; optimum.json and optimum.png are written there."""
-    levels: Path | None = None
-    """Print instead, by level, how SOAR changes the slope for latents of these "latent_noises"."""
 
 
 # --- Velocities a(sigma) z + b(sigma) c ---
@@ -336,7 +333,8 @@ def swept(label: str, data_std: float) -> list[float]:
 def table(made: dict) -> str:
     lines = [["setting", *COLUMNS]]
     for label, rows in made.items():
-        lines.append([label, *(" / ".join(f"{x:.2f}" for x in column) for column in zip(*rows))])
+        cells = [" / ".join(f"{x:.2f}" for x in column) for column in zip(*rows)]
+        lines.append([label, *cells])
     return markdown(lines)
 
 
@@ -365,35 +363,6 @@ def figure(path: Path) -> None:
     plt.close(fig)
 
 
-# --- By level ---
-
-LEVELS = (0.1, 0.15, 0.25, 0.35, 0.55, 0.75, 0.9)  # sigma, as in experiments.shapes.levels
-
-
-def predicted(noises: list[float], guidance: float) -> Tensor:
-    """(L,): by how much the optimum's slope a passes the exact flow's, as one regression over
-    latents of all noises finds them. c is the mean latent. Unguided there is no prompt: at low
-    levels a state tells its mean without one."""
-    sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    slopes = []
-    weights = []
-    for noise in noises:
-        guided = guidance != 1
-        best = optimum(SoarConfig(guidance_scale=guidance), noise, guided)
-        slopes.append(best(sigma)[0] - exact_flow(noise, guided)(sigma)[0])
-        weights.append(((1 - sigma) * noise) ** 2 + sigma**2)
-    weights = torch.stack(weights)
-    return (torch.stack(slopes) * weights).sum(0) / weights.sum(0)
-
-
-def levels_table(noises: list[float]) -> str:
-    """The optimum's slope minus the exact flow's."""
-    lines = [["rollout", *map(str, LEVELS)]]
-    for w in (1.0, 4.5):
-        lines.append([f"w = {w:g}", *map("{:+.4f}".format, predicted(noises, w).tolist())])
-    return markdown(lines)
-
-
 def write_sweep(folder: Path) -> None:
     made = {"exact flow": [values(exact_flow(data_std)) for data_std in DATA_STDS]}
     made |= {label: [swept(label, data_std) for data_std in DATA_STDS] for label in SWEEP}
@@ -407,11 +376,6 @@ def write_sweep(folder: Path) -> None:
 def main(args: Args) -> None:
     if args.sweep is not None:
         write_sweep(args.sweep)
-    elif args.levels is not None:
-        noises = json.loads(args.levels.read_text()).get("latent_noises")
-        if not noises or min(noises) <= 0:
-            raise ValueError(f'{args.levels}: "latent_noises" is {noises}, expected numbers > 0')
-        print(levels_table(noises), end="")
     else:
         shift = args.soar.shift
         made = {"exact flow": [values(exact_flow(x), shift) for x in DATA_STDS]}

@@ -115,7 +115,6 @@ def test_each_tensor_of_the_published_files_has_a_place():
         own = module.state_dict()
         assert {x: t.shape for x, t in made.items()} == {x: t.shape for x, t in own.items()}
 
-
     vision, text = small.PUBLISHED  # what shapes do not tell
     assert (vision.num_attention_heads, text.num_attention_heads) == (16, 12)
     assert (vision.hidden_size, text.hidden_size, text.encoder_hidden_size) == (1024, 768, 1024)

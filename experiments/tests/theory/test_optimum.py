@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.theory import geometry, optimum
-from experiments.theory.optimum import LEVELS, Args, exact_flow, sampled, solve, table
+from experiments.theory.optimum import Args, exact_flow, sampled, solve, table
 from sample import seeded
 from soar import SoarConfig, draw, sigma_from_t, soar_terms
 
@@ -133,32 +133,11 @@ def test_fixed_point_is_the_exact_flow_at_the_limits(conditional):
 ])  # fmt: skip
 def test_samples_are_the_same_on_a_grid_twice_as_fine(data_std, settings):
     config, flow = SoarConfig(**settings), exact_flow(data_std)
-    coarse, fine = solve(config, flow), solve(config, flow, levels=500, nodes=48)
+    coarse = solve(config, flow)
+    fine = solve(config, flow, levels=500, nodes=48)
     for guidance in (1.0, 4.5):
         expected = sampled(fine, 200, guidance)
         assert sampled(coarse, 200, guidance) == pytest.approx(expected, abs=0.001)
-
-
-def test_prediction_by_level_is_printed_for_the_noises_of_a_file(tmp_path, capsys):
-    """Slopes are the optimum's less the exact flow's, and weigh as their states' squares."""
-    file = tmp_path / "levels.json"
-    file.write_text('{"latent_noises": [0.25, 0.5]}')
-    optimum.main(Args(levels=file))
-    lines = capsys.readouterr().out.splitlines()
-    sigma = torch.tensor(LEVELS, dtype=torch.float64)
-    expected = 0
-    weights = 0
-    for noise in (0.25, 0.5):
-        weight = ((1 - sigma) * noise) ** 2 + sigma**2
-        slope = optimum.optimum(SoarConfig(), noise)(sigma)[0] - exact_flow(noise)(sigma)[0]
-        expected += weight * slope
-        weights += weight
-    cells = " | ".join(f"{x:+.4f}" for x in (expected / weights).tolist())
-    assert lines[-1] == f"| w = 4.5 | {cells} |"
-    assert min(float(x) for x in lines[2].split("|")[2:-1]) > 0
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="latent_noises"):
-        optimum.main(Args(levels=file))
 
 
 def test_the_page_has_the_table_of_the_results_file_and_this_code_makes_it(capsys):

@@ -10,16 +10,7 @@ import torch
 
 from experiments.tests.common import ROOT
 from experiments.theory import toy
-from experiments.theory.toy import (
-    ARMS,
-    CLASSES,
-    EMPTY,
-    MODE_STD,
-    Args,
-    Model,
-    data,
-    distance,
-)  # fmt: skip
+from experiments.theory.toy import ARMS, CLASSES, EMPTY, MODE_STD, Args, Model, data, distance
 from soar import SoarConfig, draw, soar_terms
 
 TINY = Args(
@@ -43,7 +34,8 @@ def gradients(model, losses):
 def test_sampling_the_exact_velocity_gives_the_true_law_at_guidance_1_and_a_wider_one_does_not():
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(CLASSES).repeat_interleave(1000)
-    reference, z1 = data(classes, generator), torch.randn(4000, 2, generator=generator)
+    reference = data(classes, generator)
+    z1 = torch.randn(4000, 2, generator=generator)
     samples = toy.sample(toy.true_velocity, classes, 1.0, z1, 200)
     apart, std, radius = toy.measure(samples, classes, reference)
     assert apart < 0.06 and std == pytest.approx(1, abs=0.05)
@@ -68,7 +60,8 @@ def test_expected_loss_and_gradient_depend_on_lambda_times_n_alone():
     """The loss of six points, lambda = 1, is the mean of six losses of one point each, lambda = 6;
     and so is its gradient. As the points have one law, expectations are equal."""
     torch.manual_seed(0)
-    model, six, one = Model(), SoarConfig(), SoarConfig(num_aux_points=1, lambda_aux=6.0)
+    model, six = Model(), SoarConfig()
+    one = SoarConfig(num_aux_points=1, lambda_aux=6.0)
     z0, draws, classes = inputs_of(six, 64)
     empty = torch.full_like(classes, EMPTY)
     whole = [term.loss for term in soar_terms(model, z0, draws, classes, empty, six)]

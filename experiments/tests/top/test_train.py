@@ -10,7 +10,7 @@ import json
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import datasets
@@ -21,12 +21,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
 from experiments.shapes.draw import DATA, PAIRS, read_pairs
-from experiments.tests.common import ROOT, copy_pairs, launch, raises, train_args
+from experiments.tests.common import ROOT, Watch, copy_pairs, launch, raises, train_args
 from experiments.tests.top.sampling import base_transformer, pixels
 from experiments.tests.top.training import (
     SHORT,
@@ -288,18 +287,6 @@ def test_forwards_are_bf16_and_checkpointing_changes_no_bit(tmp_path, monkeypatc
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     assert seen == {(checkpointing, dtype, torch.float32) for checkpointing in (False, True)}
     assert lines(tmp_path / "False") == lines(tmp_path / "True")
-
-
-class Watch(TorchDispatchMode):
-    """Shows the operations of torch to see(function, args)."""
-
-    def __init__(self, see: Callable):
-        super().__init__()
-        self.see = see
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.see(function, args)
-        return function(*args, **(kwargs or {}))
 
 
 def test_bf16_weights_are_cast_once_a_micro_batch(tmp_path, monkeypatch):
