@@ -13,7 +13,7 @@ Auxiliary points are made by soar_terms from the model's own rollouts. At each, 
 Where the shift is a small part of `on`, a short run of SOAR is SFT at more levels: so it was on the
 shapes world, where the share is 0.05 %. It does not tell where a long run ends, nor of a fault of
 the model: of experiments.theory.optimum's exact flow the share is 0.5 % at data_std 1, 24 % at 0.2,
-and off > on. It tells of the step, as it grows with w and 1 / K.
+and off > on (commit fcca179). It tells of the step, as it grows with w and 1 / K.
 """
 
 from dataclasses import dataclass, replace

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments.port.exposure import errors_of, exposure
-from soar import SoarConfig, draw, sigma_from_t
+from soar import SoarConfig, draw, interpolate, sigma_from_t
 
 
 def batch(config, size=6):
@@ -14,12 +14,15 @@ def batch(config, size=6):
 
 
 @pytest.mark.parametrize("steps", [40, 4])
-def test_errors_are_those_of_a_model_that_is_off_by_a_constant(steps):
+def test_errors_are_those_of_a_model_that_is_off_by_a_constant_on_the_path(steps):
     """z_hat is off by (sigma_next - sigma) bias; at sigma_aux (1 - sigma_aux) / (1 - sigma_next) of
-    it is left, and the target is off by that over sigma_aux."""
+    it is left, which the model sees and adds; the target is off by it over sigma_aux."""
     config, bias = SoarConfig(num_sampling_steps=steps, guidance_scale=1.0), 0.5
     z0, draws = batch(config)
-    velocity = lambda z, sigma, cond: draws.z1 - z0 + bias  # noqa: E731
+
+    def velocity(z, sigma, cond):
+        return draws.z1 - z0 + bias + z - interpolate(z0, draws.z1, sigma)
+
     found = errors_of(velocity, z0, draws, torch.zeros(6), None, config)
     sigma = sigma_from_t(draws.t)
     sigma_next = sigma_from_t((draws.t - 1 / steps).clamp(min=1e-3))
@@ -29,8 +32,8 @@ def test_errors_are_those_of_a_model_that_is_off_by_a_constant(steps):
     expected = {
         "sigma": sigma_aux,
         "on": torch.full((6, 6), bias**2),
-        "off": (bias - shift) ** 2,
-        "blind": (bias - shift) ** 2,  # it sees nothing
+        "off": (bias + sigma_aux * shift - shift) ** 2,
+        "blind": (bias - shift) ** 2,
         "shift": shift**2,
     }
     assert set(found) == set(expected)
