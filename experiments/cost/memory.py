@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -31,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import soar
 import train
-from experiments.cost.rehearsal import TRANSFORMER, empty_pipeline
+from experiments.cost.rehearsal import empty_pipeline
 from experiments.environment import markdown
 from sample import ENCODERS, encode_images, encode_prompts, seeded
 from soar import SoarConfig, draw, soar_terms
@@ -190,27 +189,37 @@ def measure(
 # --- What fits, and hours -----------------------------------------------------------------------
 
 
-def forward_flops() -> int:
-    """Of a forward of the transformer for an image, with 154 tokens of text."""
+def forward_flops() -> dict[str, float]:
+    """TFLOP for an image of 512 x 512 and its caption of 77 tokens: a forward of the transformer,
+    the text encoders, the VAE's encoder."""
     with faked(), torch.no_grad():
-        cond = {
-            "encoder_hidden_states": torch.zeros(1, 154, TRANSFORMER["joint_attention_dim"]),
-            "pooled_projections": torch.zeros(1, TRANSFORMER["pooled_projection_dim"]),
+        latents, level, pixels = map(torch.zeros, ((1, 16, 64, 64), (1,), (1, 3, 512, 512)))
+        pipe, _ = load(False, None, None)
+        velocity = train.make_velocity(pipe.transformer, CPU, True)
+        cond = encode_prompts(pipe, ["picture"], 77)
+        found = {
+            "transformer": flops(lambda: velocity(latents, level, cond)),
+            "text encoders": flops(lambda: encode_prompts(pipe, ["picture"], 77)),
+            "VAE": flops(lambda: encode_images(pipe, pixels, latents)),
         }
-        velocity = train.make_velocity(SD3Transformer2DModel(**TRANSFORMER), CPU, True)
-        return flops(lambda: velocity(torch.zeros(1, 16, 64, 64), torch.zeros(1), cond))
+    return {name: x / 1e12 for name, x in found.items()}
 
 
-def hours(forward: float) -> dict[str, float]:
-    """Of runs on 8 H100 at 40 % of their bf16 peak, 989 TFLOP a second; forward: its FLOP."""
-    speed = 0.4 * 8 * 989e12
+def hours(tflop: dict[str, float]) -> dict[str, float]:
+    """Of runs on 8 H100 at 40 % of their peak: 989 TFLOP a second in bf16, and 495 in TF32, in
+    which torch's float32 convolutions run, so the VAE. tflop: of forward_flops."""
     runs = {
         "SOAR, 5,000 steps of 32": (22, 32 * 5000),
         "SOAR, N = 1, 5,000 steps of 32": (7, 32 * 5000),
         "SFT, 5,000 steps of 32": (3, 32 * 5000),
         "SOAR, 10,000 steps of 512": (22, 512 * 10_000),
     }
-    return {name: units * images * forward / speed / 3600 for name, (units, images) in runs.items()}
+    found = {}
+    for name, (forwards, images) in runs.items():
+        seconds = (forwards * tflop["transformer"] + tflop["text encoders"]) / 989
+        seconds += tflop["VAE"] / 495
+        found[name] = images * seconds / (0.4 * 8) / 3600
+    return found
 
 
 def as_table(memory: dict[str, dict[str, int]]) -> str:
@@ -223,8 +232,9 @@ def as_table(memory: dict[str, dict[str, int]]) -> str:
 def fit() -> dict:
     memory = {flags: measure(**way) for flags, way in WAYS.items()}
     print(as_table(memory), end="")
-    forward = forward_flops()
-    print(f"a forward: {forward / 1e12:.2f} TFLOP; on 8 H100 at 40 % of their peak, hours:")
-    for name, x in hours(forward).items():
+    tflop = forward_flops()
+    print(", ".join(f"{name} {x:.2f} TFLOP" for name, x in tflop.items()))
+    print("on 8 H100 at 40 % of their peak, hours:")
+    for name, x in hours(tflop).items():
         print(f"{x:.2f}, {name}")
-    return {"memory": memory, "forward_tflop": forward / 1e12, "hours": hours(forward)}
+    return {"memory": memory, "forward_tflop": tflop, "hours": hours(tflop)}

@@ -286,7 +286,8 @@ def as_table(made: dict) -> str:
     for name, row in made["ways"].items():
         ratio = statistics.median(a / b for a, b in zip(row["seconds"], sft))
         cells = [name, f"{statistics.median(row['seconds']):.2f}", f"{ratio:.2f}"]
-        cells += [f"{row['forward_units']:.2f}", f"{(row['bytes'] or math.nan) / 1e9:.2f}"]
+        peak = f"{row['bytes'] / 1e9:.2f}" if row["bytes"] else ""
+        cells += [f"{row['forward_units']:.2f}", peak]
         lines.append(cells)
     return markdown(lines)
 
