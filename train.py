@@ -814,7 +814,7 @@ class Run:
 
 
 def set_up(args: Args, stack: ExitStack) -> Run:
-    """Check and load everything. Writes nothing; stack holds output_dir.
+    """Check and load everything. On rank 0 stack holds output_dir, but in a dry run.
     Raises ValueError, OSError, RuntimeError: names a flag, file or row that cannot be used."""
     base, training, folder = args.pretrained_model_name_or_path, args.training, args.output_dir
     weights, _ = find_weights(args.transformer)

@@ -118,7 +118,7 @@ def check_velocity(
     found = f"velocity(z, sigma, cond) has the relative error {given:.2f}"
 
     spread = z0.float().std().item()
-    if not 0.5 < spread < 2:
+    if not 0.8 < spread < 1.25:
         scaled, _ = _relative_errors(velocity, z0 / spread, cond, None, generator)
         unit = min(scaled.values())
         if unit < 0.7 * least:

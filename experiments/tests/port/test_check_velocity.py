@@ -75,6 +75,7 @@ def wrong_adapters(w: World) -> dict:
         "`cond` not handed on": lambda z, t, c: v(z, t, w.cond),
         "an untrained model": lambda z, t, c: fresh(z, timestep=1000 * t, **c).sample,
         "latents not scaled, as if by 0.18215": v,
+        "latents not scaled, as if by 1.5305": v,
         "`[0]` forgotten": lambda z, t, c: (v(z, t, c),),
         "tokens not unpacked": lambda z, t, c: v(z, t, c).flatten(2).mT,
         "a guided velocity in place of the model's": guided,
@@ -92,7 +93,7 @@ def message_of(call) -> str | None:
 def adapters_table() -> str:
     w, config = World(), soar.SoarConfig()
     draws = soar.draw(w.z0.shape, config, rng())
-    others = {"latents not scaled, as if by 0.18215": {"z0": w.z0 / 0.18215}}
+    others = {f"latents not scaled, as if by {x}": {"z0": w.z0 / x} for x in (0.18215, 1.5305)}
     others["prompts of other images"] = {"cond": {key: x.roll(1, 0) for key, x in w.cond.items()}}
     rows = ["| mistake | caught by | message, or what is returned |", "| --- | --- | --- |"]
     for mistake, velocity in wrong_adapters(w).items():
