@@ -3,7 +3,7 @@
     python -m experiments.demo
 
 Trains the small Stable Diffusion 3 pipeline of experiments/shapes/data with two processes, by SFT
-and by SOAR, for equally many steps. Draws held-out prompts with the base and both trained
+and by SOAR, for equally many steps. Draws prompts of held-out scenes with the base and both trained
 transformers from the same noise, and prints GenEval's table for the three.
 OUTPUT_DIR/images/compare.png shows them side by side: base, SFT, SOAR. Every command is printed
 before it runs.
