@@ -67,13 +67,9 @@ def raises(kind: type[Exception], *words: str) -> Iterator[pytest.ExceptionInfo]
     assert all(word in message for word in words), (words, message)
 
 
-def start(processes: int, script: str, *words: str, **flags) -> subprocess.Popen:
-    """script under torchrun, or alone with 1 process, in a process group of its own; each process
-    has one thread."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [script, *words, *words_of(flags)]
+def start(script: str, *words: str, **flags) -> subprocess.Popen:
+    """script in a process group of its own, with one thread."""
+    command = [sys.executable, script, *words, *words_of(flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # SIGINT is heeded again, which a shell's background ignores.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
@@ -88,8 +84,6 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # torchrun's workers have groups of their own.
-        subprocess.run(["pkill", "-9", "-P", str(process.pid)])
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         said = f"{stdout[-3000:]}\n{stderr[-3000:]}"
@@ -97,8 +91,8 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> subprocess.Comple
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def launch(processes: int, script: str, *words: str, **flags) -> subprocess.CompletedProcess:
-    return finish(start(processes, script, *words, **flags))
+def launch(script: str, *words: str, **flags) -> subprocess.CompletedProcess:
+    return finish(start(script, *words, **flags))
 
 
 def free_port() -> int:

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 import sample
 import train
 from experiments.shapes.draw import MAX_SEQUENCE_LENGTH
-from experiments.tests.common import DATASET, MODEL, copy_pairs, finish, start
+from experiments.tests.common import copy_pairs, train_args
 from experiments.tests.top.sampling import base_transformer
-from experiments.tests.top.training import SHORT, THREE, run
+from experiments.tests.top.training import SHORT, THREE, ends, run
 
 
 @pytest.fixture
@@ -76,17 +76,16 @@ def prompts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, prompts, held_out) -> Path:
     """The same five steps at global batch 4: 1 x 4, also without validation and with a line every
-    two steps; 1 x 2 x 2 accumulated; 3 steps of 2 x 2 under torchrun, gone on with 1 x 4."""
+    two steps; 1 x 2 x 2 accumulated; 3 steps of 2 x 2 by two ranks, gone on with 1 x 4."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {"max_train_steps": 5, "checkpointing_steps": 3}
     drawn = {"validation_prompts": prompts, "validation_steps": 3, "held_out": held_out}
-    two = MODEL | DATASET | SHORT | drawn | THREE
-    torchrun = start(2, "train.py", output_dir=folder / "2x2", **two)
+    two = train_args(output_dir=folder / "2x2", **SHORT | drawn | THREE)
+    ended, said = ends(2, lambda: train.main(two), folder / "log")
+    assert ended == [0, 0], said
     run(folder / "1x4", train_batch_size=4, **flags, **drawn)
     run(folder / "1x4, plain", train_batch_size=4, **flags | {"logging_steps": 2})
     run(folder / "1x2x2", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-    done = finish(torchrun)
-    assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(folder / "2x2", folder / "2x2, 1x4", symlinks=True)
     run(folder / "2x2, 1x4", train_batch_size=4, **flags)
     return folder

@@ -137,7 +137,7 @@ def test_second_run_in_a_folder_is_refused_and_an_interrupt_leaves_whole_files(t
     out, words = tmp_path / "out", {key: x for key, x in flags.items() if x is not None}
     with sample.locked(out):
         pass  # a holder before, who is not named
-    process = start(1, "sample.py", output_dir=out, **words)
+    process = start("sample.py", output_dir=out, **words)
     while not list(out.glob("*/samples/*.png")):
         assert process.poll() is None, finish(process).stderr[-3000:]
         time.sleep(0.01)

@@ -511,7 +511,7 @@ def test_end_of_a_run_says_what_is_saved(tmp_path, capsys):
 
 
 def test_help_starts_with_what_is_set_first_and_without_warnings():
-    done = launch(1, "train.py", "--help")
+    done = launch("train.py", "--help")
     assert done.returncode == 0 and done.stderr == ""
     flags = ("--dataset", "--learning_rate", "--lambda_aux", "--dry_run")
     places = [done.stdout.index(f"\u2502 {flag}") for flag in flags]
