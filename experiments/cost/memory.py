@@ -196,10 +196,11 @@ def forward_flops() -> dict[str, float]:
         latents, level, pixels = map(torch.zeros, ((1, 16, 64, 64), (1,), (1, 3, 512, 512)))
         pipe, _ = load(False, None, None)
         velocity = train.make_velocity(pipe.transformer, CPU, True)
-        cond = encode_prompts(pipe, ["picture"], 77)
+        cond = {}
+        texts = flops(lambda: cond.update(encode_prompts(pipe, ["picture"], 77)))
         found = {
             "transformer": flops(lambda: velocity(latents, level, cond)),
-            "text encoders": flops(lambda: encode_prompts(pipe, ["picture"], 77)),
+            "text encoders": texts,
             "VAE": flops(lambda: encode_images(pipe, pixels, latents)),
         }
     return {name: x / 1e12 for name, x in found.items()}

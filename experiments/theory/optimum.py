@@ -103,7 +103,8 @@ def sampled(velocity: LinearVelocity, steps: int, guidance: float, shift: float 
     a, b = velocity(sigmas[:-1])
     a_uncond = velocity.slope_uncond(sigmas[:-1], a)
     slopes = a_uncond + guidance * (a - a_uncond)
-    gain, std = 0.0, 1.0  # the state is gain c + std z1
+    gain = 0.0  # the state is gain c + std z1
+    std = 1.0
     lengths = sigmas[1:] - sigmas[:-1]
     for d, slope, pull in zip(lengths.tolist(), slopes.tolist(), b.tolist()):
         gain += d * (slope * gain + guidance * pull)
@@ -284,12 +285,10 @@ def solve(
 # --- Table, figure ---
 
 
-def optimum(
-    config: SoarConfig, data_std: float, conditional: bool = True, caption_dropout: bool = False
-) -> LinearVelocity:
+def optimum(config: SoarConfig, data_std: float, caption_dropout: bool = False) -> LinearVelocity:
     """What SOAR converges to.
     caption_dropout, at any rate: then the velocity without a prompt is trained too, by SOAR."""
-    flow = exact_flow(data_std, conditional)
+    flow = exact_flow(data_std)
     if caption_dropout:  # of dropped samples, all unguided
         flow = replace(flow, uncond=solve(config, flow.uncond))
     return solve(config, flow)
@@ -349,7 +348,8 @@ def figure(path: Path) -> None:
         stds = [sampled(solve(config, flow), 200, 1.0)[1] for flow in flows]
         left.semilogx(data_stds, stds, style, label=f"w = {w:g}, K = {k}")
     left.set(xlabel="s", ylabel="std over the data's", title="spread at guidance 1")
-    ws, flow = [1, 2, 3, 4, 5, 6, 7], exact_flow(1.0)
+    ws = [1, 2, 3, 4, 5, 6, 7]
+    flow = exact_flow(1.0)
     right.plot(ws, [sampled(flow, 200, w)[0] for w in ws], color="#777777", label="exact flow")
     for k, style in ((20, "C3-"), (40, "C1-"), (100, "C2-")):
         configs = [SoarConfig(num_sampling_steps=k, guidance_scale=w) for w in ws]

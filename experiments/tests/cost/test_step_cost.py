@@ -62,6 +62,7 @@ def test_sizes_operations_and_hours_are_the_pages():
     made = json.loads((RESULTS / "step_cost_fit.json").read_text())
     tflop = memory.forward_flops()
     assert tflop == made["forward_tflop"]
+    assert [round(x, 2) for x in tflop.values()] == [2.14, 0.83, 1.12]
     assert memory.hours(tflop) == made["hours"]
     for name, x in made["hours"].items():
         assert f"\n| {name} | {x:.2f} |\n" in PAGE

@@ -110,7 +110,7 @@ def test_any_caption_dropout_trains_the_empty_prompt_as_an_unguided_world_withou
     """Of dropped samples cond = uncond, so that the rollout's guidance cancels: z0 ~ N(0, 1.25)."""
     config = SoarConfig()
     found = optimum.optimum(config, 0.5, caption_dropout=True)
-    alone = optimum.optimum(SoarConfig(guidance_scale=1.0), 1.25**0.5, conditional=False)
+    alone = solve(SoarConfig(guidance_scale=1.0), exact_flow(1.25**0.5, conditional=False))
     sigma = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     torch.testing.assert_close(found.uncond(sigma)[0], alone(sigma)[0])
     without = optimum.optimum(config, 0.5)
